@@ -1,0 +1,6 @@
+"""The client agent: one resident process at a data owner.
+
+:mod:`~fedpeft_client.agent` does the work of a round, :mod:`~fedpeft_client.policy` decides whether it may,
+:mod:`~fedpeft_client.exchange` moves payloads, :mod:`~fedpeft_client.engine` is the only importer of Flower's private
+names, and :mod:`~fedpeft_client.bundle` turns credentials into a channel.
+"""

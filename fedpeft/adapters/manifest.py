@@ -1,0 +1,135 @@
+"""The manifest: what a delta is, written beside its tensors.
+
+It travels as a protobuf message (``proto/fedpeft/v1/manifest.proto``) inside the header of the safetensors object, so one
+content address covers both. This module is its typed, immutable face; serialisation is deterministic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from fedpeft.adapters.spec import AdapterSpec, SeededSpec, TensorSpec
+from fedpeft.errors import DeltaRefused
+
+SCHEMA_VERSION = 1
+DTYPE_OF_CODEC = {"fp32": "F32", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Facts about one delta, or about a global state (then ``client`` is empty and ``weight`` 0).
+
+    Attributes:
+        weight: the client's weight in the mean: its number of training examples, or 1.
+        example_count: training examples that the client holds.
+        start_state: content address of the global state that training started from.
+        metrics: figures of the local training (loss, seconds).
+    """
+
+    kind: str
+    base_fingerprint: str
+    run_id: str
+    round: int
+    client: str
+    start_state: str
+    codec: str
+    example_count: int
+    weight: int
+    tensors: tuple[TensorSpec, ...]
+    seeded: tuple[SeededSpec, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    peft_config: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Deterministic protobuf encoding."""
+        from fedpeft_proto.v1 import manifest_pb2 as pb
+
+        dtype = DTYPE_OF_CODEC[self.codec]
+        message = pb.Manifest(
+            schema_version=SCHEMA_VERSION,
+            adapter_kind=self.kind,
+            base_fingerprint=self.base_fingerprint,
+            run_id=self.run_id,
+            round=self.round,
+            client=self.client,
+            start_state=self.start_state,
+            codec=self.codec,
+            example_count=self.example_count,
+            weight=float(self.weight),
+            tensors=[pb.TensorSpec(name=t.name, dtype=dtype, shape=t.shape) for t in self.tensors],
+            seeded=[
+                pb.SeededTensor(name=s.name, seed_purpose="seeded-tensor", shape=s.shape, orthonormal=s.orthonormal)
+                for s in self.seeded
+            ],
+            rank=dict(self.ranks),
+            peft_config_json=json.dumps(self.peft_config, sort_keys=True, separators=(",", ":")),
+            metrics=dict(self.metrics),
+            privacy=pb.PrivacyFacts(mode="none"),
+            fedpeft_version=self.version,
+        )
+        return message.SerializeToString(deterministic=True)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises :class:`DeltaRefused` (code ``manifest``) when ``data`` is not a manifest of this version."""
+        from fedpeft_proto.v1 import manifest_pb2 as pb
+
+        try:
+            message = pb.Manifest.FromString(data)
+            if message.schema_version != SCHEMA_VERSION:
+                raise DeltaRefused(
+                    "manifest",
+                    "has an unknown schema version",
+                    field="manifest.schema_version",
+                    value=message.schema_version,
+                    hint="client and server must run the same release of fedpeft",
+                )
+            return cls(
+                kind=message.adapter_kind,
+                base_fingerprint=message.base_fingerprint,
+                run_id=message.run_id,
+                round=message.round,
+                client=message.client,
+                start_state=message.start_state,
+                codec=message.codec,
+                example_count=message.example_count,
+                weight=int(message.weight),
+                tensors=tuple(TensorSpec(t.name, tuple(t.shape)) for t in message.tensors),
+                seeded=tuple(
+                    SeededSpec(s.name, (s.shape[0], s.shape[1]), _module_of(s.name), s.orthonormal)
+                    for s in message.seeded
+                ),
+                ranks=dict(message.rank),
+                peft_config=json.loads(message.peft_config_json or "{}"),
+                metrics=dict(message.metrics),
+                version=message.fedpeft_version,
+            )
+        except (DecodeError, ValueError, IndexError, OverflowError) as error:
+            raise DeltaRefused("manifest", f"the manifest cannot be read: {error}") from None
+
+
+def manifest_for(spec: AdapterSpec, **facts: Any) -> Manifest:
+    """A manifest whose adapter facts come from ``spec``; the rest is given by keyword."""
+    from fedpeft import __version__
+
+    return Manifest(
+        kind=spec.kind,
+        base_fingerprint=spec.base_fingerprint,
+        tensors=spec.tensors,
+        seeded=spec.seeded,
+        ranks={p.module: p.rank for p in spec.pairs},
+        peft_config=spec.peft_config,
+        version=__version__,
+        **facts,
+    )
+
+
+def _module_of(name: str) -> str:
+    return name.removeprefix("base_model.model.").split(".lora_")[0]

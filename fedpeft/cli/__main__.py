@@ -1,0 +1,5 @@
+"""``python -m fedpeft.cli``."""
+
+from fedpeft.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""``fedpeft server``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+from fedpeft.cli.logs import configure
+from fedpeft.cli.tables import out
+from fedpeft.errors import FedPeftError
+
+
+def init(directory: Path, hosts: list[str], port: int) -> None:
+    from fedpeft_server.config import init_server
+
+    config = init_server(directory, hosts, port)
+    out.print(f"{directory}/ is ready; it will listen on {config.address}", soft_wrap=True)
+    out.print(f"operator's bundle: {directory / 'operator.toml'}", soft_wrap=True)
+    out.print(f"next: fedpeft server enroll NAME --dir {directory}; fedpeft server up {directory}", soft_wrap=True)
+
+
+def up(directory: Path, metrics_port: int | None, as_json: bool) -> None:
+    from fedpeft_server.config import load_config
+
+    config = load_config(directory)
+    log = configure(as_json)
+    from fedpeft_server.daemon import Daemon
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    daemon = Daemon(config, metrics_port)
+    daemon.start()
+    log.info("ready", address=config.address, clients=len(daemon.roster.nodes()))
+    while not stop.wait(0.5):
+        pass
+    log.info("stopping")
+    daemon.close()
+
+
+def enroll(
+    directory: Path, name: str, bundle: Path | None, valid_days: int, renew: bool, as_json: bool
+) -> None:
+    from fedpeft.bundle import check_name, write_bundle
+    from fedpeft_server.config import load_config
+
+    config = load_config(directory)
+    check_name(name)
+    target = bundle or directory / "bundles" / f"{name}.toml"
+    with config.open_store() as store:
+        known = store.client_by_name(name)
+        if known is not None and known.revoked_at is None and not renew:
+            raise FedPeftError(
+                "is enrolled already", field="NAME", value=name, hint="use --renew to replace its keys, or another name"
+            )
+        made = config.authority().issue(name, "client", endpoints=config.endpoints, valid_days=valid_days)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_bundle(made, target)
+        store.enroll(name, made.public_key_pem, made.fingerprint)
+    facts = {"name": name, "bundle": str(target), "fingerprint": made.fingerprint, "expires": made.expires_at.isoformat()}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    out.print(f"{name} is enrolled until {made.expires_at:%Y-%m-%d}", soft_wrap=True)
+    out.print(f"bundle (holds a private key; hand it over safely and delete it here): {target}", soft_wrap=True)
+
+
+def revoke(directory: Path, name: str) -> None:
+    from fedpeft_server.config import load_config
+
+    with load_config(directory).open_store() as store:
+        if store.client_by_name(name) is None:
+            names = ", ".join(c.name for c in store.clients()) or "nobody"
+            raise FedPeftError("no such client", field="NAME", value=name, hint=f"enrolled: {names}")
+        store.revoke(name)
+    out.print(f"{name} is revoked; a running daemon refuses it from now on")

@@ -1,0 +1,86 @@
+"""What happened in a run, as it happens: the log behind ``fedpeft watch`` and the status page.
+
+Events are numbered from 1 within a run and kept in a file of the run folder, so a watcher that reconnects goes on where
+it was, also after a restart of the daemon. The ledger is the evidence; this log is for people.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FINAL = frozenset({"run-finished", "run-failed", "run-stopped"})
+
+
+@dataclass(frozen=True)
+class RunEvent:
+    """One event.
+
+    Attributes:
+        seq: 1, 2, 3, ... within the run.
+        at: seconds since the epoch, UTC.
+        kind: a stable word, e.g. ``round-committed``.
+        text: one line for people.
+        metrics: numbers that belong to it.
+    """
+
+    seq: int
+    at: float
+    kind: str
+    round: int = 0
+    client: str = ""
+    text: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class EventLog:
+    """The events of one run. Thread-safe."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._changed = threading.Condition()
+        self._events: list[RunEvent] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self._events.append(RunEvent(**json.loads(line)))
+                except (ValueError, TypeError):
+                    break  # the last line was cut off by a crash
+            path.write_text("".join(json.dumps(asdict(e)) + "\n" for e in self._events), encoding="utf-8")
+
+    def add(
+        self, kind: str, *, round: int = 0, client: str = "", text: str = "", metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Append an event and wake the watchers. A disk that is full does not stop the run for the sake of its log."""
+        with self._changed:
+            event = RunEvent(len(self._events) + 1, time.time(), kind, round, client, text, dict(metrics or {}))
+            self._events.append(event)
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(event)) + "\n")
+            except OSError:
+                pass
+            self._changed.notify_all()
+
+    def last(self) -> RunEvent | None:
+        with self._changed:
+            return self._events[-1] if self._events else None
+
+    def follow(self, from_seq: int, hold_s: float = 1.0) -> Iterator[RunEvent | None]:
+        """Events after ``from_seq``, live, until the run's final event; ``None`` at least every ``hold_s`` seconds."""
+        at = from_seq
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._events) > at, timeout=hold_s)
+                fresh = self._events[at:]
+            if not fresh:
+                yield None
+            for event in fresh:
+                at = event.seq
+                yield event
+                if event.kind in FINAL and event.seq == len(self._events):
+                    return
