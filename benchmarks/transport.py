@@ -1,7 +1,7 @@
 """What a round costs in transport: AdapterExchange, Flower's message payloads over HTTP and gRPC, and a bare stream.
 
     python benchmarks/transport.py --quick          # 1 and 16 MB, two rounds each
-    python benchmarks/transport.py --report         # all sizes, about five minutes, writes benchmarks/results/transport.md
+    python benchmarks/transport.py --report         # all sizes, some minutes, writes results/transport.md
 
 One round moves X MB from the server to each of N clients and X MB of the client's own from each back. Counted is what a
 server waits for:
@@ -10,13 +10,15 @@ server waits for:
   file and verifies it, every client sends a file, which the server checks, hashes, stores durably and acknowledges.
 - *Flower HTTP / gRPC*: ``push_messages`` of one array of X MB to N nodes until N replies are inflated at the server;
   in-memory object store (its fastest), nodes resident and polling every 10 ms, Flower's own pull and push functions.
-- *bare stream*: a download stream and an upload stream of 1 MiB ``bytes`` messages per client that nobody checks, hashes
-  or stores: what gRPC in Python can do at all.
+- *bare stream*: a download stream and an upload stream of 1 MiB ``bytes`` messages per client that nobody checks,
+  hashes or stores: what gRPC in Python can do at all.
 
 Not counted: making the payload and, for AdapterExchange, its digest (the delta has it already). MB are 2**20 bytes, and
-MB/s is 2 N X / seconds, both directions together. Server and clients are separate processes on 127.0.0.1; the clients are
-threads in two processes. Each point runs one small round first, then the rounds that count; the median is shown. Memory
-is the server's peak resident set (the kernel's own high-water mark) above its resident set after the small round.
+MB/s is 2 N X / seconds, both directions together. Server and clients are separate processes on 127.0.0.1; the clients
+are threads in two processes. Each point runs one small round first, then the rounds that count; the median is shown.
+CPU is the processor time of a round over all processes, which depends less than seconds do on what else the machine
+does. Memory is the server's peak resident set (the kernel's own high-water mark) above its resident set after the small
+round.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_LOG_LEVEL", "WARNING")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 MB = 1 << 20
@@ -74,6 +77,7 @@ class Row:
     seconds: float
     best_seconds: float
     mb_per_s: float
+    cpu_seconds: float
     idle_mb: float
     peak_above_idle_mb: float
 
@@ -418,7 +422,7 @@ class FlowerClient:
     def __init__(self, number: int, port: int, folder: Path, tls: bool):
         import numpy as np
 
-        self.number, self.port, self.served = number, port, 0
+        self.number, self.port = number, port
         self.reply = np.zeros(0, dtype=np.float32)
         self.connect()
         threading.Thread(target=self._serve, daemon=True).start()
@@ -434,6 +438,14 @@ class FlowerClient:
     def round(self, state: str, payload: int) -> None: ...  # the server starts it
 
     def _serve(self) -> None:
+        while True:
+            received = self.receive()
+            if received is None:
+                time.sleep(0.01)
+                continue
+            self._answer(*received)
+
+    def _answer(self, head: Any, tree: Any) -> None:
         from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
         from flwr.app.message import remove_content_from_message
         from flwr.supercore.inflatable.inflatable_object import (
@@ -448,34 +460,27 @@ class FlowerClient:
             push_object_contents_from_iterable,
         )
 
-        while True:
-            received = self.receive()
-            if received is None:
-                time.sleep(0.01)
-                continue
-            head, tree = received
-            run_id, mid = head.metadata.run_id, head.metadata.message_id
-            contents = pull_objects(
-                [node.object_id for node in iterate_object_tree(tree)], lambda oid: self.pull(run_id, oid)
+        run_id, mid = head.metadata.run_id, head.metadata.message_id
+        contents = pull_objects(
+            [node.object_id for node in iterate_object_tree(tree)], lambda oid: self.pull(run_id, oid)
+        )
+        self.confirm(run_id, mid)
+        message = inflate_object_from_contents(mid, contents)
+        message.metadata.__dict__["_message_id"] = mid
+        del contents
+        record = RecordDict(
+            {"arrays": ArrayRecord({"a": Array(self.reply)}), "metrics": MetricRecord({"num-examples": 1})}
+        )
+        reply = Message(record, reply_to=message)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            objects = get_all_nested_objects(reply)
+            wanted, session = self.send(remove_content_from_message(reply), get_object_tree(reply))
+            push_object_contents_from_iterable(
+                ((oid, objects[oid].deflate()) for oid in wanted),
+                lambda oid, content: self.push(run_id, session, oid, content),
             )
-            self.confirm(run_id, mid)
-            message = inflate_object_from_contents(mid, contents)
-            message.metadata.__dict__["_message_id"] = mid
-            del contents
-            record = RecordDict(
-                {"arrays": ArrayRecord({"a": Array(self.reply)}), "metrics": MetricRecord({"num-examples": 1})}
-            )
-            reply = Message(record, reply_to=message)
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            with no_object_id_recompute():
-                objects = get_all_nested_objects(reply)
-                wanted, session = self.send(remove_content_from_message(reply), get_object_tree(reply))
-                push_object_contents_from_iterable(
-                    ((oid, objects[oid].deflate()) for oid in wanted),
-                    lambda oid, content: self.push(run_id, session, oid, content),
-                )
-            del objects, reply, record, message
-            self.served += 1
+        del objects, reply, record, message
 
     receive: Callable[[], Any]
     pull: Callable[[int, str], bytes]
@@ -608,7 +613,7 @@ def _load_process(contender: str, folder: str, numbers: list[int], pipe: Connect
             if name == "connect":
                 clients = [kind(number, arguments[0], Path(folder), tls) for number in numbers]
             else:
-                threads, errors = [], []
+                errors: list[str] = []
 
                 def call(client: Any, name: str = name, arguments: list = arguments, errors: list = errors) -> None:
                     try:
@@ -636,6 +641,11 @@ def _memory_mb(pid: int, field: str) -> float:
     raise KeyError(field)
 
 
+def _cpu_s(pid: int | None) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(point: Point, parent: Path) -> Row:
     """Start a server and the clients, run the rounds, stop them."""
     context = mp.get_context("spawn")
@@ -644,10 +654,10 @@ def measure(point: Point, parent: Path) -> Row:
     server = context.Process(target=_server_process, args=(point.contender, str(folder), end), daemon=True)
     server.start()
     loads = []
-    processes = min(LOAD_PROCESSES, point.clients)
-    for first in range(processes):
+    count = min(LOAD_PROCESSES, point.clients)
+    for first in range(count):
         mine, theirs = context.Pipe()
-        numbers = list(range(first, point.clients, processes))
+        numbers = list(range(first, point.clients, count))
         process = context.Process(
             target=_load_process, args=(point.contender, str(folder), numbers, theirs), daemon=True
         )
@@ -672,12 +682,13 @@ def measure(point: Point, parent: Path) -> Row:
             if (error := answer(connection, process)) is not None:
                 raise RuntimeError(f"{point.contender}: {error}")
 
-    def play(number: int, payload: int) -> float:
+    def play(number: int, payload: int) -> tuple[float, float]:
         everyone("prepare", payload)
-        started = time.perf_counter()
+        processes = [server, *(process for _, process in loads)]
+        started, cpu = time.perf_counter(), sum((_cpu_s(process.pid) for process in processes), 0.0)
         state = ask(pipe, server, (number, payload))
         everyone("round", state, payload)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, sum((_cpu_s(process.pid) for process in processes), 0.0) - cpu
 
     try:
         port = answer(pipe, server)
@@ -689,16 +700,17 @@ def measure(point: Point, parent: Path) -> Row:
         assert server.pid is not None
         idle = _memory_mb(server.pid, "VmRSS")
         Path(f"/proc/{server.pid}/clear_refs").write_text("5")  # resets the high-water mark
-        seconds = [play(number, point.payload_mb * MB) for number in range(2, 2 + point.rounds)]
+        played = [play(number, point.payload_mb * MB) for number in range(2, 2 + point.rounds)]
         peak = _memory_mb(server.pid, "VmHWM")
     finally:
-        for connection, process in [(pipe, server), *loads]:
+        for connection, process in [*loads, (pipe, server)]:
             with contextlib.suppress(OSError):
                 connection.send(None)
             process.join(5)
             if process.is_alive():
                 process.kill()
         shutil.rmtree(folder, ignore_errors=True)
+    seconds, cpu = [wall for wall, _ in played], [cpu for _, cpu in played]
     middle = statistics.median(seconds)
     return Row(
         point.contender,
@@ -708,6 +720,7 @@ def measure(point: Point, parent: Path) -> Row:
         round(middle, 4),
         round(min(seconds), 4),
         round(2 * point.clients * point.payload_mb / middle, 1),
+        round(statistics.median(cpu), 2),
         round(idle, 1),
         round(max(peak - idle, 0.0), 1),
     )
@@ -727,12 +740,12 @@ def plan(quick: bool) -> list[Point]:
         extra = [Point(ours, 8, 256, 1), Point(ours_tls, 8, 256, 1), Point(bare, 8, 256, 1)]
         # Flower holds several copies of each payload: eight nodes of 256 MB do not fit beside the rest.
         extra += [Point(http, 2, 256, 1), Point(grpc_, 2, 256, 1), Point(ours, 2, 256, 1)]
-        extra += [Point(ours, 64, 16, 2)]
+        extra += [Point(ours, 64, 16, 2), Point(ours_tls, 64, 16, 2)]
     points = [Point(name, 8, size, rounds) for size, rounds, names in sizes for name in names]
     return points + extra
 
 
-HEADER = ("contender", "clients", "MB", "rounds", "s/round", "best s", "MB/s", "idle MB", "peak above idle MB")
+HEADER = ("contender", "clients", "MB", "rounds", "s/round", "best s", "MB/s", "CPU s", "idle MB", "peak above idle MB")
 
 
 def table(rows: list[Row]) -> str:
@@ -746,6 +759,7 @@ def table(rows: list[Row]) -> str:
             f"{row.seconds:.3f}",
             f"{row.best_seconds:.3f}",
             f"{row.mb_per_s:.0f}",
+            f"{row.cpu_seconds:.2f}",
             f"{row.idle_mb:.0f}",
             f"{row.peak_above_idle_mb:.1f}",
         )
@@ -777,10 +791,9 @@ def ratios(rows: list[Row]) -> list[str]:
             for rival in (http, grpc_, bare, ours_tls)
             if (other := found.get((rival, clients, size)))
         ]
-        per_client = row.peak_above_idle_mb / min(clients, 16)
-        lines.append(
-            f"{clients} x {size} MB: {', '.join(parts) or 'no rival ran'}; {per_client:.2f} MB of server memory per stream"
-        )
+        streams = min(clients, 8)
+        memory = f"server memory {row.peak_above_idle_mb / streams:.2f} MB for each of {streams} streams at a time"
+        lines.append(f"{clients} x {size} MB: {', '.join(parts) or 'no rival ran'}; {memory}")
     return lines
 
 
@@ -847,9 +860,11 @@ def write_report(rows: list[Row], elapsed_s: float) -> None:
         f"`{command}` took {elapsed_s:.0f} s on {machine()}.",
         what,
         table(rows),
-        "AdapterExchange against the others, by throughput, and its server memory per stream (at most 16 at a time):",
+        "AdapterExchange against the others, by throughput, and its server memory:",
         "\n".join(f"- {line}" for line in ratios(rows)),
-        "Flower runs 256 MB with two clients only: several copies of each payload live in the server and in each node.",
+        "Flower runs 256 MB with two clients only: several copies of each payload live in the server and in each node. "
+        f"Load average of the machine at the end of the run: {os.getloadavg()[0]:.1f}; above {os.cpu_count()}, other work "
+        "took part of the processor time, and CPU s is the fairer column.",
     ]
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n\n".join(text) + "\n")

@@ -237,6 +237,8 @@ class ExchangeClient:
                 try:
                     found = self._download_once(digest, run_id, part, attempt, progress)
                 except grpc.RpcError as error:
+                    if part.stat().st_size == 0:
+                        part.unlink()
                     if error.code() is grpc.StatusCode.OUT_OF_RANGE:  # the part is longer than the object
                         part.unlink(missing_ok=True)
                         mismatches += 1

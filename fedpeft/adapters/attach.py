@@ -9,6 +9,7 @@ of the layer, and everything else of a LoRA starts at zero, so the adapted model
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,12 @@ def attach(
     targets = _resolve_targets(base, section)
     heads = _heads(base) if section.train_head else []
     config = kind.peft_config(section, targets, task, heads)
+    if targets == "all-linear":
+        config.exclude_modules = _heads(base, required=False) or None  # heads are trained in full or not at all
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
+        model = get_peft_model(base, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     config.base_model_name_or_path = base_name
-    model = get_peft_model(base, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     tensors: dict[str, torch.nn.Parameter] = {}
     seeded: list[SeededSpec] = []
     for full_name, parameter in model.named_parameters():
@@ -179,9 +184,9 @@ def _resolve_targets(base: torch.nn.Module, section: AdapterSection) -> str | li
     return targets
 
 
-def _heads(base: torch.nn.Module) -> list[str]:
+def _heads(base: torch.nn.Module, *, required: bool = True) -> list[str]:
     heads = [name for name in ("classifier", "score") if hasattr(base, name)]
-    if not heads:
+    if required and not heads:
         raise JobError(
             "the base model has no classification head called 'classifier' or 'score'", field="adapter.train_head"
         )

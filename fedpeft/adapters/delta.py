@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedpeft.adapters.manifest import DTYPE_OF_CODEC, Manifest
+from fedpeft.adapters.spec import TensorSpec
 from fedpeft.errors import DeltaRefused
 
 METADATA_KEY = "fedpeft.manifest"
@@ -74,7 +75,8 @@ class PackedFile:
             self.manifest_bytes = base64.b64decode(encoded, validate=True)
         except ValueError as error:
             raise DeltaRefused("manifest", f"the manifest is not base64: {error}", field=path.name) from None
-        self.manifest = Manifest.from_bytes(self.manifest_bytes)
+        tensors = tuple(TensorSpec(name, self.shape(name)) for name in self.names())
+        self.manifest = Manifest.from_bytes(self.manifest_bytes, tensors)
 
     def names(self) -> Sequence[str]:
         return sorted(self._entries)

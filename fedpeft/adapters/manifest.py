@@ -1,7 +1,9 @@
 """The manifest: what a delta is, written beside its tensors.
 
 It travels as a protobuf message (``proto/fedpeft/v1/manifest.proto``) inside the header of the safetensors object, so one
-content address covers both. This module is its typed, immutable face; serialisation is deterministic.
+content address covers both. This module is its typed, immutable face; serialisation is deterministic. What the same
+header says already (names, shapes and number format of the tensors) is not written twice: small adapters would otherwise
+be half header.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Manifest:
         weight: the client's weight in the mean: its number of training examples, or 1.
         example_count: training examples that the client holds.
         start_state: content address of the global state that training started from.
-        metrics: figures of the local training (loss, seconds).
+        metrics: figures of the local training; deterministic ones only, since they are part of the content address.
+        ranks: rank per module; one entry ``*`` when all are equal.
     """
 
     kind: str
@@ -48,10 +51,9 @@ class Manifest:
     version: str = ""
 
     def to_bytes(self) -> bytes:
-        """Deterministic protobuf encoding."""
+        """Deterministic protobuf encoding, without the tensors (see the module)."""
         from fedpeft_proto.v1 import manifest_pb2 as pb
 
-        dtype = DTYPE_OF_CODEC[self.codec]
         message = pb.Manifest(
             schema_version=SCHEMA_VERSION,
             adapter_kind=self.kind,
@@ -63,12 +65,11 @@ class Manifest:
             codec=self.codec,
             example_count=self.example_count,
             weight=float(self.weight),
-            tensors=[pb.TensorSpec(name=t.name, dtype=dtype, shape=t.shape) for t in self.tensors],
             seeded=[
                 pb.SeededTensor(name=s.name, seed_purpose="seeded-tensor", shape=s.shape, orthonormal=s.orthonormal)
                 for s in self.seeded
             ],
-            rank=dict(self.ranks),
+            rank=_short(self.ranks),
             peft_config_json=json.dumps(self.peft_config, sort_keys=True, separators=(",", ":")),
             metrics=dict(self.metrics),
             privacy=pb.PrivacyFacts(mode="none"),
@@ -77,8 +78,12 @@ class Manifest:
         return message.SerializeToString(deterministic=True)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Manifest:
-        """Raises :class:`DeltaRefused` (code ``manifest``) when ``data`` is not a manifest of this version."""
+    def from_bytes(cls, data: bytes, tensors: tuple[TensorSpec, ...] = ()) -> Manifest:
+        """The manifest in ``data``, of an object that holds ``tensors``.
+
+        Raises:
+            DeltaRefused: code ``manifest``; ``data`` is not a manifest of this version.
+        """
         from fedpeft_proto.v1 import manifest_pb2 as pb
 
         try:
@@ -101,7 +106,7 @@ class Manifest:
                 codec=message.codec,
                 example_count=message.example_count,
                 weight=int(message.weight),
-                tensors=tuple(TensorSpec(t.name, tuple(t.shape)) for t in message.tensors),
+                tensors=tensors,
                 seeded=tuple(
                     SeededSpec(s.name, (s.shape[0], s.shape[1]), _module_of(s.name), s.orthonormal)
                     for s in message.seeded
@@ -124,11 +129,16 @@ def manifest_for(spec: AdapterSpec, **facts: Any) -> Manifest:
         base_fingerprint=spec.base_fingerprint,
         tensors=spec.tensors,
         seeded=spec.seeded,
-        ranks={p.module: p.rank for p in spec.pairs},
+        ranks=_short({p.module: p.rank for p in spec.pairs}),
         peft_config=spec.peft_config,
         version=__version__,
         **facts,
     )
+
+
+def _short(ranks: Mapping[str, int]) -> dict[str, int]:
+    """One entry ``*`` when every module has the same rank."""
+    return {"*": next(iter(ranks.values()))} if len(set(ranks.values())) == 1 else dict(ranks)
 
 
 def _module_of(name: str) -> str:

@@ -8,6 +8,7 @@ output, progress and errors to standard error. Exit codes: 0 done, 1 the work fa
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -15,6 +16,8 @@ def main() -> None:
     from fedpeft.cli.app import app
     from fedpeft.errors import FedPeftError
 
+    # Deprecations between transformers and PEFT are for their maintainers, not for a user's terminal.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         app(standalone_mode=True)
     except FedPeftError as error:

@@ -133,11 +133,12 @@ def server_init(
         typer.Option(help="Name or address under which clients reach the server. Repeatable. Default: localhost."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gRPC endpoint.")] = 9443,
+    renew: Annotated[bool, typer.Option("--renew", help="Only renew the server's certificate in an existing folder.")] = False,
 ) -> None:
     """Make a server folder: certificate authority, server certificate, configuration, operator bundle."""
     from fedpeft.cli.server import init
 
-    init(directory, host or [], port)
+    init(directory, host or [], port, renew)
 
 
 @server_app.command("up", epilog="Example: fedpeft server up fl-server")

@@ -12,9 +12,14 @@ from fedpeft.cli.tables import out
 from fedpeft.errors import FedPeftError
 
 
-def init(directory: Path, hosts: list[str], port: int) -> None:
-    from fedpeft_server.config import init_server
+def init(directory: Path, hosts: list[str], port: int, renew: bool) -> None:
+    from fedpeft_server.config import init_server, load_config
 
+    if renew:
+        config = load_config(directory)
+        config.authority().issue_server(config.hosts)
+        out.print(f"the server's certificate in {directory}/ is renewed; restart the daemon to use it", soft_wrap=True)
+        return
     config = init_server(directory, hosts, port)
     out.print(f"{directory}/ is ready; it will listen on {config.address}", soft_wrap=True)
     out.print(f"operator's bundle: {directory / 'operator.toml'}", soft_wrap=True)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedpeft.adapters.attach import State
+from fedpeft.adapters.attach import State, regenerate
 from fedpeft.adapters.delta import PackedFile, pack
 from fedpeft.adapters.manifest import manifest_for
 from fedpeft.adapters.validation import Expectation, check_delta
@@ -154,7 +154,10 @@ class Round:
         self._start = PackedFile(run.store.blobs.path(start_digest)).state()
         section = run.job.aggregation
         self._aggregation = run.rule.begin(
-            self._start, run.spec, plan(run.spec.shapes, section.max_abs, section.max_total_weight)
+            self._start,
+            run.spec,
+            plan(run.spec.shapes, section.max_abs, section.max_total_weight),
+            frozen={s.name: regenerate(run.job.seed, s) for s in run.spec.seeded},
         )
         self._accepted: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
@@ -253,7 +256,9 @@ class Round:
                 readers = [(PackedFile(store.blobs.path(row.digest)), row.weight) for row in rows]
                 committed = self._aggregation.commit(readers)
                 state = committed.state
+                norms = committed.report.pop("client_norms", None)
                 report.update(committed.report)
+                report["client_update_norms"] = dict(zip([r.client for r in rows], norms, strict=True)) if norms else None
             else:
                 state = self._start  # nobody was selected, or nobody has examples: the state stands
             end_digest = store.blobs.put_bytes(pack_state(self.run.spec, state))

@@ -23,9 +23,10 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.errors import FedPeftError, JobError, RunFailed
 from fedpeft.federation.folder import RunFolder
 from fedpeft.federation.run import FederatedRun
-from fedpeft.federation.status import run_status
+from fedpeft.federation.status import LEDGER, run_status
 from fedpeft.job.loading import dump_job, job_digest, parse_job
 from fedpeft.job.schema import Job
+from fedpeft.store.export import export_run
 from fedpeft_proto.v1 import coordinator_pb2_grpc as rpc
 from fedpeft_server.agents import AgentLinkService, Roster
 from fedpeft_server.authority import RoundAuthority
@@ -177,7 +178,7 @@ class Daemon:
     def run_files(self, run_id: str) -> list[tuple[str, Path]]:
         """Files of the run folder with their relative names; the ledger is exported into it first."""
         root = self._folder(self._known(run_id))
-        self.store.export_run(run_id, root)
+        export_run(self.store, run_id, root / LEDGER)
         files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
         return [(p.relative_to(root).as_posix(), p) for p in files]
 

@@ -39,6 +39,7 @@ RECORD, KEY = "fedpeft", "task"
 POLL_S = 0.05
 RETRY_S = 1.0
 OFFLINE_GRACE_S = 60.0
+HEAR_OUT_S = 2.0
 MAX_CRASHES = 3
 
 
@@ -254,7 +255,19 @@ class FederatedStrategy(Strategy):
                     self.aggregate_evaluate(phase.number, replies)
                 self.stop.wait(POLL_S)
         finally:
+            self._hear_out(grid, missing())
             grid.forget_messages([a.message_id for a in phase.asks.values() if a.message_id])
+
+    def _hear_out(self, grid: EmbeddedGrid, missing: set[str]) -> None:
+        """Take the replies of those who have delivered: an upload is accepted a moment before its reply comes."""
+        deadline = time.monotonic() + HEAR_OUT_S
+        while time.monotonic() < deadline and not self.stop.is_set():
+            ids = [a.message_id for name, a in self._phase.asks.items() if a.message_id and name not in missing]
+            if not ids:
+                return
+            for reply in grid.pull_messages(ids):
+                self._note(reply)
+            self.stop.wait(POLL_S / 5)
 
     def _due(self, grid: Grid) -> list[Message]:
         assert isinstance(grid, EmbeddedGrid)

@@ -150,7 +150,7 @@ class StdlibSource:
     """
 
     families: tuple[str, ...] = FAMILIES
-    train_bytes: int = 48 * 1024
+    train_bytes: int = 40 * 1024
     heldout_bytes: int = 20 * 1024
     heldout_share: float = 0.25
     min_bytes: int = 40 * 1024

@@ -1,0 +1,40 @@
+"""One run out of a store of many: the ``ledger.db`` that stands in a run folder.
+
+A run folder fetched from a daemon can then be read, checked and reported on with the same commands as the folder of a
+simulation. Rows are copied as they are, so the chain verifies to the same head; enrolled clients (keys) are not copied,
+nor are payloads.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from fedpeft.store import models
+from fedpeft.store.store import RunStore
+
+_TABLES = (models.Run, models.Round, models.Delta, models.Refusal, models.Evaluation, models.Ledger)
+
+
+def export_run(store: RunStore, run_id: str, target: Path) -> None:
+    """Write the rows of one run to a new SQLite store at ``target``, replacing what is there.
+
+    Raises:
+        FedPeftError: no such run, or the disk is full.
+    """
+    store.run(run_id)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+        path = Path(folder) / target.name
+        with RunStore.open(f"sqlite:///{path}", Path(folder) / "blobs") as copy:
+            with store._read() as source, copy._write() as sink:
+                for table in _TABLES:
+                    key = table.id if table is models.Run else table.run_id  # type: ignore[attr-defined]
+                    columns = sa.inspect(table).columns
+                    for row in source.execute(sa.select(*columns).where(key == run_id)):
+                        sink.execute(sa.insert(table).values(dict(zip([c.key for c in columns], row, strict=True))))
+            with copy._engine.connect() as connection:  # the journal's content goes into the one file that is kept
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        os.replace(path, target)
