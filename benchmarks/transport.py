@@ -863,8 +863,8 @@ def write_report(rows: list[Row], elapsed_s: float) -> None:
         "AdapterExchange against the others, by throughput, and its server memory:",
         "\n".join(f"- {line}" for line in ratios(rows)),
         "Flower runs 256 MB with two clients only: several copies of each payload live in the server and in each node. "
-        f"Load average of the machine at the end of the run: {os.getloadavg()[0]:.1f}; above {os.cpu_count()}, other work "
-        "took part of the processor time, and CPU s is the fairer column.",
+        f"Load average of the machine at the end of the run: {os.getloadavg()[0]:.1f}; above {os.cpu_count()}, other "
+        "work took part of the processor time, and CPU s is the fairer column.",
     ]
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n\n".join(text) + "\n")

@@ -2,8 +2,8 @@
 
 No choice depends on the order in which things happen or on how many clients there are. That is what makes a simulation
 and a deployment produce the same bytes, a killed run resume to the same result, and a replay without one client equal
-a run that never had it. The function is HMAC-SHA256 over an unambiguous encoding of its arguments (length-prefixed, with
-a type tag, so that ``("ab", "c")`` and ``("a", "bc")``, or ``1`` and ``"1"``, differ).
+a run that never had it. The function is HMAC-SHA256 over an unambiguous encoding of its arguments (length-prefixed,
+with a type tag, so that ``("ab", "c")`` and ``("a", "bc")``, or ``1`` and ``"1"``, differ).
 
 >>> prf_bytes(7, "select", "hospital-a", 3) == prf_bytes(7, "select", "hospital-a", 3)
 True

@@ -1,9 +1,9 @@
 """The agent: resident, answers tasks, keeps everything loaded.
 
-A task arrives as a Flower message and is handled by a Flower ``ClientApp`` in this very process: base model, adapter and
-encoded data stay where they are from round to round. The handler checks the owner's policy, fetches the global state over
-the adapter exchange, trains, uploads the delta, and replies with a receipt. Everything that can go wrong at a task becomes
-a reply with a reason; nothing of the data, no path and no traceback is in it.
+A task arrives as a Flower message and is handled by a Flower ``ClientApp`` in this very process: base model, adapter
+and encoded data stay where they are from round to round. The handler checks the owner's policy, fetches the global
+state over the adapter exchange, trains, uploads the delta, and replies with a receipt. Everything that can go wrong
+at a task becomes a reply with a reason; nothing of the data, no path and no traceback is in it.
 
 A task may come twice (a message was lost, the daemon was restarted). The delta of the last round is kept on disk, so a
 repeat is answered without training again, and it would be the same delta anyway.
@@ -37,7 +37,7 @@ from fedpeft.job.schema import Job
 from fedpeft.models import load_base
 from fedpeft_client.bundle import Bundle
 from fedpeft_client.config import ClientConfig
-from fedpeft_client.exchange import ExchangeClient
+from fedpeft_client.exchange import ExchangeClient, Receipt
 from fedpeft_client.policy import Policy
 from fedpeft_proto.v1 import coordinator_pb2 as control
 from fedpeft_proto.v1 import coordinator_pb2_grpc as rpc
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 RECORD, KEY = "fedpeft", "task"
 _REPORT_EVERY_S = 1.0
 _CALL_S = 10.0
+_SPACE_RETRY_S = 2.0
+NO_SPACE = "waiting for space at the server"  # the phase that is reported meanwhile
 
 
 class Cancelled(Exception):
@@ -107,7 +109,7 @@ class Agent:
     # -- tasks ------------------------------------------------------------------------------------------------------
 
     def _handle(self, message: Message, work: Callable[[Job, pb.RoundTask], pb.RoundReply]) -> Message:
-        task = pb.RoundTask.FromString(bytes(message.content[RECORD][KEY]))  # type: ignore[arg-type, index]
+        task = pb.RoundTask.FromString(bytes(message.content[RECORD][KEY]))
         began = time.monotonic()
         try:
             job = parse_job(task.job_toml, name="the server's job")
@@ -122,6 +124,10 @@ class Agent:
         except FedPeftError as error:
             log.warning("round %d of %s: %s", task.round, task.run_id, error)
             reply = pb.RoundReply(status=pb.RoundReply.FAILED, reason=str(error))
+        except OSError as error:  # without the path: it is nobody's business but the owner's
+            log.error("round %d of %s: %s", task.round, task.run_id, error)
+            reason = f"the agent's disk failed: {error.strerror or type(error).__name__}"
+            reply = pb.RoundReply(status=pb.RoundReply.FAILED, reason=reason)
         reply.run_id, reply.round, reply.client, reply.attempt = task.run_id, task.round, self.bundle.name, task.attempt
         reply.metrics["seconds"] = time.monotonic() - began
         return Message(RecordDict({RECORD: ConfigRecord({KEY: reply.SerializeToString()})}), reply_to=message)
@@ -146,10 +152,27 @@ class Agent:
             payload = self._keep_delta(task, update.payload)
             log.info("round %d of %s: trained, loss %.4f", task.round, task.run_id, update.metrics["train_loss_mean"])
         digest = hashlib.sha256(payload.read_bytes()).hexdigest()
-        receipt = self._exchange.upload(payload, task.run_id, task.round, digest)
+        receipt = self._deliver(payload, task, digest)
         if not receipt.accepted:
             raise FedPeftError(f"the server refused the delta ({receipt.code}): {receipt.reason}")
         return pb.RoundReply(status=pb.RoundReply.DELIVERED, digest=digest, payload_bytes=payload.stat().st_size)
+
+    def _deliver(self, payload: Path, task: pb.RoundTask, digest: str) -> Receipt:
+        """Upload; when the server's disk is full, again until there is space or the delta is no longer wanted.
+
+        The training is done and paid for, and a full disk is the operator's to mend: no reason to give the round up.
+        """
+        report = self._reporter(task, NO_SPACE)
+        while True:
+            try:
+                return self._exchange.upload(payload, task.run_id, task.round, digest)
+            except FedPeftError as error:
+                cause = error.__cause__
+                if not (isinstance(cause, grpc.RpcError) and cause.code() is grpc.StatusCode.RESOURCE_EXHAUSTED):
+                    raise
+                log.warning("round %d of %s: %s; the delta is kept and sent again", task.round, task.run_id, error)
+            report(0, 0, 0.0)
+            time.sleep(_SPACE_RETRY_S)
 
     def _evaluate(self, job: Job, task: pb.RoundTask) -> pb.RoundReply:
         participant = self._ready(job, task)

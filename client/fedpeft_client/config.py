@@ -1,7 +1,7 @@
 """``client.toml``: where a data owner's data is, and what may be done with it.
 
-The file belongs to the data owner. The server never sees it and cannot change it; a task outside its limits is declined by
-the agent, and the server is told which limit.
+The file belongs to the data owner. The server never sees it and cannot change it; a task outside its limits is
+declined by the agent, and the server is told which limit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedpeft.errors import FedPeftError, nearest
 
-TEMPLATE = '''\
+TEMPLATE = """\
 # client.toml: this machine's data and limits. Paths are relative to this file.
 
 # Training data: a folder of JSONL, Parquet, text or images with train.* and heldout.*, or "builtin:stdlib/asyncio".
@@ -22,8 +22,8 @@ data = "data"
 # "auto" takes a CUDA device where there is one.
 device = "auto"
 
-# Where caches and the count of rounds are kept.
-state = "agent-state"
+# Where caches and the count of rounds are kept. Default: NAME.state beside this file.
+# state = "agent-state"
 
 [limits]
 allowed_jobs = ["*"]            # patterns for the job's name
@@ -34,7 +34,7 @@ max_rounds_per_day = 10000      # training rounds in one UTC day
 # Where this machine keeps a base model that jobs call by another name.
 [base_models]
 # "org/model" = "/models/org-model"
-'''
+"""
 
 
 class _Table(BaseModel):
@@ -71,7 +71,7 @@ class ClientConfig(_Table):
 
     data: str
     device: str = "auto"
-    state: Path = Path("agent-state")
+    state: Path = Path()
     limits: Limits = Limits()
     base_models: dict[str, str] = {}
 
@@ -83,22 +83,30 @@ class ClientConfig(_Table):
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_client_config(path: Path) -> ClientConfig:
+def load_client_config(path: Path, name: str, data: str | None = None) -> ClientConfig:
     """Read ``client.toml``; relative paths become absolute.
+
+    Args:
+        path: the file; it may be missing if ``data`` is given, and every limit then has its default.
+        name: the client's name, for the default state folder.
+        data: overrides the file's ``data``; relative to the working directory.
 
     Raises:
         FedPeftError: the file is missing or wrong.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = {} if data is not None and not path.exists() else tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FedPeftError(
-            "no such file", field=str(path), hint="write one: fedpeft client config > client.toml"
+            "no such file", field=str(path), hint="write one (fedpeft client config > client.toml) or give --data"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FedPeftError(f"is not valid TOML: {error}", field=str(path)) from None
     except OSError as error:
         raise FedPeftError(f"cannot be read: {error.strerror}", field=str(path)) from None
+    if data is not None:
+        table["data"] = data if data.startswith("builtin:") else str(Path(data).expanduser().absolute())
+    table.setdefault("state", f"{name}.state")
     try:
         config = ClientConfig.model_validate(table)
     except ValidationError as error:

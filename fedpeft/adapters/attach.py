@@ -93,7 +93,7 @@ def attach(
             continue
         if kind.starts_seeded(key):
             _check_linear(key, parameter)
-            spec = SeededSpec(key, tuple(parameter.shape), _module(key), section.orthonormal)  # type: ignore[arg-type]
+            spec = SeededSpec(key, tuple(parameter.shape), _module(key), section.orthonormal)
             with torch.no_grad():
                 parameter.copy_(regenerate(seed, spec))
             if kind.is_frozen(key):
@@ -169,7 +169,9 @@ def _resolve_targets(base: torch.nn.Module, section: AdapterSection) -> str | li
         try:
             matched = any(re.fullmatch(targets, name) for name in linear)
         except re.error as error:
-            raise JobError(f"is not a regular expression: {error}", field="adapter.target_modules", value=targets) from None
+            raise JobError(
+                f"is not a regular expression: {error}", field="adapter.target_modules", value=targets
+            ) from None
         missing = [] if matched else [targets]
     else:
         missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in linear)]

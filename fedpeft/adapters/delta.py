@@ -7,8 +7,8 @@ better than the values do.
 The object's name is the SHA-256 of its bytes. The same tensors and manifest give the same bytes: safetensors orders its
 header by dtype and name, and the manifest is one deterministic entry. Nothing is ever unpickled.
 
-:class:`PackedFile` reads such an object from disk piece by piece, so that neither the size of a payload nor the number of
-clients shows in the coordinator's memory.
+:class:`PackedFile` reads such an object from disk piece by piece, so that neither the size of a payload nor the
+number of clients shows in the coordinator's memory.
 """
 
 from __future__ import annotations

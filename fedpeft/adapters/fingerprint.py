@@ -21,7 +21,9 @@ def base_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(_DOMAIN)
     for name in sorted(state):
         tensor = state[name]
-        line = f"{name}\x00{str(tensor.dtype).removeprefix('torch.')}\x00{list(tensor.shape)}\x00{tensor_digest(tensor)}\n"
+        line = (
+            f"{name}\x00{str(tensor.dtype).removeprefix('torch.')}\x00{list(tensor.shape)}\x00{tensor_digest(tensor)}\n"
+        )
         digest.update(line.encode())
     return digest.hexdigest()
 
@@ -31,4 +33,4 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big" and tensor.element_size() > 1:
         flat = flat.view(-1, tensor.element_size()).flip(1).reshape(-1)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -1,9 +1,9 @@
 """The manifest: what a delta is, written beside its tensors.
 
-It travels as a protobuf message (``proto/fedpeft/v1/manifest.proto``) inside the header of the safetensors object, so one
-content address covers both. This module is its typed, immutable face; serialisation is deterministic. What the same
-header says already (names, shapes and number format of the tensors) is not written twice: small adapters would otherwise
-be half header.
+It travels as a protobuf message (``proto/fedpeft/v1/manifest.proto``) inside the header of the safetensors object, so
+one content address covers both. This module is its typed, immutable face; serialisation is deterministic. What the
+same header says already (names, shapes and number format of the tensors) is not written twice: small adapters would
+otherwise be half header.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Manifest:
                 metrics=dict(message.metrics),
                 version=message.fedpeft_version,
             )
-        except (DecodeError, ValueError, IndexError, OverflowError) as error:
+        except (DecodeError, ValueError, IndexError, OverflowError, RecursionError) as error:
             raise DeltaRefused("manifest", f"the manifest cannot be read: {error}") from None
 
 

@@ -1,7 +1,7 @@
 """Exchange with stock Hugging Face PEFT: ``adapter_config.json`` + ``adapter_model.safetensors``.
 
-What we write, ``peft.PeftModel.from_pretrained`` loads and gives the same logits: the folder is complete, seeded tensors
-included. What stock PEFT writes, we read as the starting state of a run.
+What we write, ``peft.PeftModel.from_pretrained`` loads and gives the same logits: the folder is complete, seeded
+tensors included. What stock PEFT writes, we read as the starting state of a run.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read_peft_folder(directory: Path, spec: AdapterSpec, seed: int) -> State:
     """The travelling tensors of a standard PEFT folder.
 
     Raises:
-        FedPeftError: a file is missing or unreadable, the tensors are not those of ``spec``, or the folder holds trained
-            values where the kind regenerates seeded ones.
+        FedPeftError: a file is missing or unreadable, the tensors are not those of ``spec``, or the folder holds
+            trained values where the kind regenerates seeded ones.
     """
     path = directory / WEIGHTS
     try:

@@ -69,7 +69,9 @@ def _check_manifest(delta: PackedFile, expected: Expectation) -> None:
         ("codec", "codec", manifest.codec, expected.codec),
     ):
         if got != want:
-            raise DeltaRefused(code, f"does not match the round, which expects {want!r}", field=f"manifest.{name}", value=got)
+            raise DeltaRefused(
+                code, f"does not match the round, which expects {want!r}", field=f"manifest.{name}", value=got
+            )
     wanted = {s.name: (s.shape, s.orthonormal) for s in expected.spec.seeded}
     if {s.name: (s.shape, s.orthonormal) for s in manifest.seeded} != wanted:
         raise DeltaRefused("seeded", "lists other regenerated tensors than the round", field="manifest.seeded")

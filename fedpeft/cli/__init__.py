@@ -21,7 +21,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FedPeftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A message may quote a parser or a server that used several lines.
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)

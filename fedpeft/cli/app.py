@@ -66,7 +66,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -76,7 +78,9 @@ def simulate(
     job: JobFile,
     out: Annotated[Path, typer.Option(help="Run folder; made if missing. An unfinished run in it is continued.")],
     set_: Set = None,
-    engine: Annotated[str, typer.Option(help="auto | in-process | processes; the result does not depend on it.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto | in-process | processes; the result does not depend on it.")
+    ] = "auto",
     json_: Json = False,
 ) -> None:
     """Run a job on this machine, all clients simulated."""
@@ -133,7 +137,9 @@ def server_init(
         typer.Option(help="Name or address under which clients reach the server. Repeatable. Default: localhost."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the gRPC endpoint.")] = 9443,
-    renew: Annotated[bool, typer.Option("--renew", help="Only renew the server's certificate in an existing folder.")] = False,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Only renew the server's certificate in an existing folder.")
+    ] = False,
 ) -> None:
     """Make a server folder: certificate authority, server certificate, configuration, operator bundle."""
     from fedpeft.cli.server import init
@@ -158,20 +164,22 @@ def server_up(
 
 @server_app.command("enroll", epilog="Example: fedpeft server enroll hospital-a --dir fl-server --out hospital-a.toml")
 def server_enroll(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the client.", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the clients.", show_default=False)],
     directory: Annotated[Path, typer.Option("--dir", help="The server's folder.")],
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Bundle file. Default: NAME.toml in the server's bundles folder."),
+        typer.Option(help="Bundle file, for one client. Default: NAME.toml in the server's bundles folder."),
     ] = None,
     valid_days: Annotated[int, typer.Option(min=1, max=3650, help="Life of the certificate.")] = 365,
-    renew: Annotated[bool, typer.Option("--renew", help="Replace the keys of a client that is enrolled already.")] = False,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Replace the keys of a client that is enrolled already.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Enrol a client: make its keys and certificate, and write the bundle to hand over."""
+    """Enrol clients: make their keys and certificates, and write the bundles to hand over."""
     from fedpeft.cli.server import enroll
 
-    enroll(directory, name, out, valid_days, renew, json_)
+    enroll(directory, names, out, valid_days, renew, json_)
 
 
 @server_app.command("revoke", epilog="Example: fedpeft server revoke hospital-a --dir fl-server")
@@ -192,12 +200,16 @@ def client_up(
         Optional[Path],  # noqa: UP045
         typer.Option(help="client.toml: data path and limits. Default: client.toml beside the bundle."),
     ] = None,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Data folder, or builtin:SOURCE/CLIENT; instead of client.toml's."),
+    ] = None,
     log_json: Annotated[bool, typer.Option(help="Log as JSON lines.")] = False,
 ) -> None:
     """Run the agent in the foreground until it is interrupted."""
     from fedpeft.cli.client import up
 
-    up(bundle, config, log_json)
+    up(bundle, config, data, log_json)
 
 
 @client_app.command("config", epilog="Example: fedpeft client config > client.toml")
@@ -209,11 +221,17 @@ def client_config() -> None:
 
 
 @app.command(epilog="Example: fedpeft submit simulations/jobs/quickstart.toml --bundle fl-server/operator.toml")
-def submit(job: JobFile, bundle: OperatorBundle, set_: Set = None, json_: Json = False) -> None:
+def submit(
+    job: JobFile,
+    bundle: OperatorBundle,
+    set_: Set = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
+    json_: Json = False,
+) -> None:
     """Hand a job to the daemon; prints the run id."""
     from fedpeft.cli.runs import submit_job
 
-    submit_job(job, bundle, set_ or [], json_)
+    submit_job(job, bundle, set_ or [], watch, json_)
 
 
 @app.command(epilog="Example: fedpeft status runs/quickstart --json")

@@ -17,16 +17,18 @@ def print_config() -> None:
     print(TEMPLATE, end="")
 
 
-def up(bundle_path: Path, config_path: Path | None, as_json: bool) -> None:
+def up(bundle_path: Path, config_path: Path | None, data: str | None, as_json: bool) -> None:
     from fedpeft.bundle import load_bundle
     from fedpeft_client.config import load_client_config
 
     bundle = load_bundle(bundle_path)
     if bundle.role != "client":
         raise FedPeftError(
-            f"belongs to an {bundle.role}", field=str(bundle_path), hint="an agent needs a bundle made by `server enroll`"
+            f"belongs to an {bundle.role}",
+            field=str(bundle_path),
+            hint="an agent needs a bundle made by `server enroll`",
         )
-    config = load_client_config(config_path or bundle_path.parent / "client.toml")
+    config = load_client_config(config_path or bundle_path.parent / "client.toml", bundle.name, data)
     log = configure(as_json).bind(client=bundle.name)
     from fedpeft_client.agent import Agent
     from fedpeft_client.bundle import open_channel
@@ -54,4 +56,6 @@ def up(bundle_path: Path, config_path: Path | None, as_json: bool) -> None:
 def _check_data(spec: str) -> None:
     """A missing data folder is found at the start, not in the first round."""
     if not spec.startswith("builtin:") and not Path(spec).exists():
-        raise FedPeftError("no such folder", field="client.toml: data", value=spec, hint="correct the path in client.toml")
+        raise FedPeftError(
+            "no such folder", field="client.toml: data", value=spec, hint="correct the path in client.toml"
+        )

@@ -21,13 +21,15 @@ T = TypeVar("T")
 _CALL_S = 60.0
 
 
-def submit_job(path: Path, bundle: Path, overrides: list[str], as_json: bool) -> None:
+def submit_job(path: Path, bundle: Path, overrides: list[str], watch: bool, as_json: bool) -> None:
     job = load_job(path, overrides)
     from fedpeft_proto.v1 import coordinator_pb2 as pb
 
     with _coordinator(bundle) as (stub, ask):
         reply = ask(lambda: stub.Submit(pb.SubmitRequest(job_toml=dump_job(job)), timeout=_CALL_S))
-    print(json.dumps({"run_id": reply.run_id}) if as_json else reply.run_id)
+    print(json.dumps({"run_id": reply.run_id}) if as_json else reply.run_id, flush=True)
+    if watch:
+        watch_run(reply.run_id, bundle, as_json)
 
 
 def show_status(run: str | None, bundle: Path | None, as_json: bool) -> None:
@@ -91,7 +93,9 @@ def fetch_run(run: str, bundle: Path, directory: Path | None) -> None:
     target = directory or Path(run)
     with (
         _coordinator(bundle) as (stub, ask),
-        Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=err) as bars,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=err, disable=not err.is_terminal
+        ) as bars,
     ):
         bar, file, path = bars.add_task("fetching"), None, target
         for chunk in ask(lambda: _each(stub.Fetch(pb.FetchRequest(run_id=run)), ask)):
@@ -124,7 +128,12 @@ def verify_run(directory: Path, as_json: bool) -> None:
             for digest in store.blobs.digests():
                 store.blobs.verify(digest)
                 objects += 1
-            facts = {"run_id": row.id, "ledger_entries": entries, "ledger_head": store.ledger_head(row.id), "objects": objects}
+            facts = {
+                "run_id": row.id,
+                "ledger_entries": entries,
+                "ledger_head": store.ledger_head(row.id),
+                "objects": objects,
+            }
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -6,10 +6,14 @@ import json
 import signal
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedpeft.cli.logs import configure
 from fedpeft.cli.tables import out
 from fedpeft.errors import FedPeftError
+
+if TYPE_CHECKING:
+    from fedpeft_server.config import ServerConfig
 
 
 def init(directory: Path, hosts: list[str], port: int, renew: bool) -> None:
@@ -45,15 +49,31 @@ def up(directory: Path, metrics_port: int | None, as_json: bool) -> None:
     daemon.close()
 
 
-def enroll(
-    directory: Path, name: str, bundle: Path | None, valid_days: int, renew: bool, as_json: bool
-) -> None:
-    from fedpeft.bundle import check_name, write_bundle
+def enroll(directory: Path, names: list[str], bundle: Path | None, valid_days: int, renew: bool, as_json: bool) -> None:
+    from fedpeft.bundle import check_name
     from fedpeft_server.config import load_config
 
+    if bundle is not None and len(names) > 1:
+        raise FedPeftError("names one file for several clients", field="--out", value=str(bundle), hint="leave it out")
     config = load_config(directory)
-    check_name(name)
-    target = bundle or directory / "bundles" / f"{name}.toml"
+    for name in names:
+        check_name(name)
+    made = [
+        _enroll(config, name, bundle or directory / "bundles" / f"{name}.toml", valid_days, renew) for name in names
+    ]
+    if as_json:
+        print(json.dumps(made[0] if len(made) == 1 else made, indent=2))
+        return
+    for facts in made:
+        out.print(
+            f"{facts['name']} is enrolled until {facts['expires'][:10]}; bundle: {facts['bundle']}", soft_wrap=True
+        )
+    out.print("a bundle holds a private key: hand it over safely and delete it here")
+
+
+def _enroll(config: ServerConfig, name: str, target: Path, valid_days: int, renew: bool) -> dict[str, str]:
+    from fedpeft.bundle import write_bundle
+
     with config.open_store() as store:
         known = store.client_by_name(name)
         if known is not None and known.revoked_at is None and not renew:
@@ -64,12 +84,12 @@ def enroll(
         target.parent.mkdir(parents=True, exist_ok=True)
         write_bundle(made, target)
         store.enroll(name, made.public_key_pem, made.fingerprint)
-    facts = {"name": name, "bundle": str(target), "fingerprint": made.fingerprint, "expires": made.expires_at.isoformat()}
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    out.print(f"{name} is enrolled until {made.expires_at:%Y-%m-%d}", soft_wrap=True)
-    out.print(f"bundle (holds a private key; hand it over safely and delete it here): {target}", soft_wrap=True)
+    return {
+        "name": name,
+        "bundle": str(target),
+        "fingerprint": made.fingerprint,
+        "expires": made.expires_at.isoformat(),
+    }
 
 
 def revoke(directory: Path, name: str) -> None:

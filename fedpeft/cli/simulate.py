@@ -59,7 +59,9 @@ def compare_runs(directories: list[Path], as_json: bool) -> None:
             return f"{mean[column]['loss']:.4f}" + (f" / {accuracy:.3f}" if accuracy is not None else "")
 
         table.add_row(
-            name, *[cell(c) for c in ("base", "local", "federated", "pooled")], size(summary["bytes"]["up_per_client_round"])
+            name,
+            *[cell(c) for c in ("base", "local", "federated", "pooled")],
+            size(summary["bytes"]["up_per_client_round"]),
         )
     out.print(table)
 
@@ -84,6 +86,7 @@ class _SimulationProgress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=err,
+            disable=not err.is_terminal,
         )
         self.rounds = self.bars.add_task("rounds", total=rounds, note="")
         self.clients = self.bars.add_task("clients", total=None, note="loading")
@@ -102,10 +105,14 @@ class _SimulationProgress:
             self.count = len(facts["clients"])
             bars.reset(self.clients, total=self.count, description="evaluating", note="before training")
         elif event == "round":
-            bars.reset(self.clients, total=len(facts["selected"]), description=f"round {facts['round']}", note="training")
+            bars.reset(
+                self.clients, total=len(facts["selected"]), description=f"round {facts['round']}", note="training"
+            )
         elif event == "committed":
             loss = facts.get("train_loss")
-            bars.update(self.rounds, completed=facts["round"], note=f"train loss {loss:.4f}" if loss is not None else "")
+            bars.update(
+                self.rounds, completed=facts["round"], note=f"train loss {loss:.4f}" if loss is not None else ""
+            )
             bars.reset(self.clients, total=self.count, description="evaluating", note="held-out data")
         elif event == "baseline":
             if not bars.tasks[self.clients].description.startswith("baselines"):

@@ -1,14 +1,15 @@
 """The run folder: what a person or a script finds when a run is over.
 
-    job.toml          the job as resolved, every default written out
-    metrics.jsonl     one JSON object per event (round, evaluation), in order
-    adapter/          the newest committed adapter as a stock PEFT folder
-    checkpoints/      the committed global state after every round
-    summary.json      the final table: base / local / federated / pooled per client
+job.toml          the job as resolved, every default written out
+metrics.jsonl     one JSON object per event (round, evaluation), in order
+adapter/          the newest committed adapter as a stock PEFT folder
+checkpoints/      the committed global state after every round
+summary.json      the final table: base / local / federated / pooled per client
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -37,8 +38,7 @@ class RunFolder:
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one event to ``metrics.jsonl``."""
-        with open(self.root / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **facts}, sort_keys=True) + "\n")
+        append_line(self.root / "metrics.jsonl", json.dumps({"event": event, **facts}, sort_keys=True))
 
     def write_state(self, run: FederatedRun, round_number: int) -> None:
         """Publish the newest committed state: as a checkpoint and as a PEFT folder."""
@@ -49,7 +49,9 @@ class RunFolder:
             try:
                 os.link(blob, checkpoint)
             except OSError:  # another file system, or one without hard links
-                shutil.copyfile(blob, checkpoint)
+                temporary = checkpoint.with_suffix(".tmp")
+                shutil.copyfile(blob, temporary)
+                os.replace(temporary, checkpoint)
         write_peft_folder(self.root / "adapter", run.spec, PackedFile(blob).state(), run.job.seed)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -59,3 +61,20 @@ class RunFolder:
         temporary = self.root / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.root / name)
+
+
+def append_line(path: Path, *lines: str) -> None:
+    """Append lines to a text file, all of them or, on a full disk, none.
+
+    Raises:
+        OSError: the file is as it was before.
+    """
+    data = "".join(line + "\n" for line in lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(data) != len(data):  # a disk that fills up takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise

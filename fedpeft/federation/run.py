@@ -1,9 +1,9 @@
 """The coordinator's state machine: open a round, accept deltas, commit, until the last round.
 
-The store is the truth and this object is a view of it: whatever is acknowledged is durable first (payload on disk, row and
-ledger entry in one transaction), so the process may die at any point and :meth:`FederatedRun.resume` continues. What was
-folded into memory is folded again from the stored payloads; sums are fixed-point integers, so the order of arrival, a
-restart or a retry cannot change one bit of the result.
+The store is the truth and this object is a view of it: whatever is acknowledged is durable first (payload on disk,
+row and ledger entry in one transaction), so the process may die at any point and :meth:`FederatedRun.resume`
+continues. What was folded into memory is folded again from the stored payloads; sums are fixed-point integers, so the
+order of arrival, a restart or a retry cannot change one bit of the result.
 
     run = FederatedRun.create(store, run_id, job, spec, initial_state)
     while not run.done:
@@ -16,6 +16,7 @@ restart or a retry cannot change one bit of the result.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,8 +63,11 @@ class FederatedRun:
         self.store, self.run_id, self.job, self.spec = store, run_id, job, spec
         self.rule = get_rule(job.aggregation.rule)
         self._round: Round | None = None
+        self._start_digest = ""
         if job.adapter.kind not in self.rule.adapter_kinds:
-            raise FedPeftError("does not combine this adapter kind", field="aggregation.rule", value=job.aggregation.rule)
+            raise FedPeftError(
+                "does not combine this adapter kind", field="aggregation.rule", value=job.aggregation.rule
+            )
 
     @classmethod
     def create(
@@ -202,7 +206,8 @@ class Round:
         """Check a delta that lies in the blob store, record it durably and fold it in.
 
         Raises:
-            DeltaRefused: it is not what the round asked for. The refusal is recorded; the payload is left to the caller.
+            DeltaRefused: it is not what the round asked for. The refusal is recorded; the payload is left to the
+            caller.
         """
         blobs = self.run.store.blobs
         try:
@@ -258,7 +263,9 @@ class Round:
                 state = committed.state
                 norms = committed.report.pop("client_norms", None)
                 report.update(committed.report)
-                report["client_update_norms"] = dict(zip([r.client for r in rows], norms, strict=True)) if norms else None
+                report["client_update_norms"] = (
+                    dict(zip([r.client for r in rows], norms, strict=True)) if norms else None
+                )
             else:
                 state = self._start  # nobody was selected, or nobody has examples: the state stands
             end_digest = store.blobs.put_bytes(pack_state(self.run.spec, state))
@@ -303,4 +310,5 @@ def _weighted_loss(rows: Sequence[Any]) -> float | None:
     total = sum(row.weight for row in rows)
     if not total or any("train_loss_mean" not in row.metrics for row in rows):
         return None
-    return sum(row.metrics["train_loss_mean"] * row.weight for row in rows) / total
+    mean = sum(row.metrics["train_loss_mean"] * row.weight for row in rows) / total
+    return mean if math.isfinite(mean) else None  # clients report what they like: the sum may overflow

@@ -25,11 +25,11 @@ def summarise(run: FederatedRun, scores: Mapping[str, Scores], train_examples: M
     """
     columns = [c for c in COLUMNS if c in scores]
     names = sorted(set.intersection(*(set(scores[c]) for c in columns))) if columns else []
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"client": name, "train_examples": train_examples.get(name), **{c: dict(scores[c][name]) for c in columns}}
         for name in names
     ]
-    keys = ["loss"] + (["accuracy"] if rows and "accuracy" in rows[0][columns[0]] else [])
+    keys = ["loss"] + (["accuracy"] if all("accuracy" in r[c] for r in rows for c in columns) else [])
     reports = [row.report for row in run.store.rounds(run.run_id) if row.report]
     up, down = (sum(r[key] for r in reports) for key in ("bytes_up", "bytes_down"))
     deliveries = sum(r["accepted"] for r in reports)

@@ -112,7 +112,9 @@ def _as_job_error(errors: list[ErrorDetails]) -> JobError:
     if first["type"] == "extra_forbidden":
         guess = nearest(str(first["loc"][-1]), _keys_at(first["loc"][:-1]))
         keys = ", ".join(_keys_at(first["loc"][:-1]))
-        return JobError("unknown key", field=where, hint=(f"did you mean {guess!r}?" if guess else f"known: {keys}") + tail)
+        return JobError(
+            "unknown key", field=where, hint=(f"did you mean {guess!r}?" if guess else f"known: {keys}") + tail
+        )
     if first["type"] == "missing":
         return JobError("is required", field=where, hint=f"add it to the job file{tail}")
     message = first["msg"].removeprefix("Value error, ")

@@ -26,7 +26,8 @@ def _one_of(value: str, known: list[str], what: str) -> str:
         return value
     guess = nearest(value, known)
     raise ValueError(
-        f"{what} {value!r} is not available" + (f"; did you mean {guess!r}?" if guess else f"; known: {', '.join(known)}")
+        f"{what} {value!r} is not available"
+        + (f"; did you mean {guess!r}?" if guess else f"; known: {', '.join(known)}")
     )
 
 
@@ -87,7 +88,8 @@ class AdapterSection(Section):
     rank_stabilised: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field(
-        "all-linear", description="'all-linear', or names (suffixes) of the modules to adapt, or one regular expression."
+        "all-linear",
+        description="'all-linear', or names (suffixes) of the modules to adapt, or one regular expression.",
     )
     orthonormal: bool = Field(
         False, description="Give the seeded A orthonormal rows, so that the norm of B is the norm of the update."
@@ -234,11 +236,14 @@ class AuditSection(Section):
 class EvaluationSection(Section):
     """What is measured on each client's held-out data."""
 
-    every: int = Field(0, ge=0, description="Also evaluate after every n-th round; 0 means before and after the run only.")
+    every: int = Field(
+        0, ge=0, description="Also evaluate after every n-th round; 0 means before and after the run only."
+    )
     max_examples: PositiveInt | None = Field(None, description="Use at most this many held-out examples per client.")
     baselines: list[Literal["local", "pooled"]] = Field(
         default_factory=lambda: ["local", "pooled"],  # type: ignore[arg-type]
-        description="Simulation only: train each client alone, and one model on all data, with the same number of steps.",
+        description="Simulation only: train each client alone, and one model on all data, for as many steps as the "
+        "clients of a run take.",
     )
 
 

@@ -30,11 +30,11 @@ def export_run(store: RunStore, run_id: str, target: Path) -> None:
         path = Path(folder) / target.name
         with RunStore.open(f"sqlite:///{path}", Path(folder) / "blobs") as copy:
             with store._read() as source, copy._write() as sink:
-                for table in _TABLES:
-                    key = table.id if table is models.Run else table.run_id  # type: ignore[attr-defined]
-                    columns = sa.inspect(table).columns
-                    for row in source.execute(sa.select(*columns).where(key == run_id)):
-                        sink.execute(sa.insert(table).values(dict(zip([c.key for c in columns], row, strict=True))))
+                for model in _TABLES:
+                    table = models.Base.metadata.tables[model.__tablename__]
+                    key = table.c.id if model is models.Run else table.c.run_id
+                    for row in source.execute(sa.select(table).where(key == run_id)).mappings():
+                        sink.execute(sa.insert(table).values(dict(row)))
             with copy._engine.connect() as connection:  # the journal's content goes into the one file that is kept
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         os.replace(path, target)

@@ -80,7 +80,9 @@ def train_round(
     parameters = list(adapter.parameters.values())
     device = parameters[0].device
     optimizer = _optimizer(section, parameters, learning_rate(section, round_number, rounds_total))
-    batches = _batches(data, section, seed, client, first_batch=(round_number - 1) * section.local_steps * section.accumulate)
+    batches = _batches(
+        data, section, seed, client, first_batch=(round_number - 1) * section.local_steps * section.accumulate
+    )
     losses: list[float] = []
     with _training_mode(adapter.model, section), _seeded(prf_int(seed, "dropout", client, round_number), device):
         for step in range(section.local_steps):
@@ -145,7 +147,7 @@ def evaluate(
 
 
 def learning_rate(section: TrainSection, round_number: int, rounds_total: int) -> float:
-    """Learning rate of a round: linear warm-up over ``warmup_rounds``, then the schedule down to (not including) zero."""
+    """Learning rate of a round: linear warm-up over ``warmup_rounds``, then the schedule, which does not reach zero."""
     if round_number <= section.warmup_rounds:
         return section.learning_rate * round_number / (section.warmup_rounds + 1)
     if section.schedule == "constant":

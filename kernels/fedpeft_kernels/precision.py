@@ -1,9 +1,9 @@
 """Which number format a device should multiply in.
 
-A CPU without bf16 instructions runs a native bf16 matrix product in a scalar loop: on an AVX2 machine that was measured at
-43 times the time of upcasting and multiplying in fp32. So a job's ``precision = "bf16"`` is a wish: it is granted where the
-hardware has the instructions (CUDA from Ampere on; CPUs with AVX512-BF16 or AMX tiles) and answered with fp32 elsewhere.
-The run is then slower than hoped but correct, and the caller can say so.
+A CPU without bf16 instructions runs a native bf16 matrix product in a scalar loop: on an AVX2 machine that was
+measured at 43 times the time of upcasting and multiplying in fp32. So a job's ``precision = "bf16"`` is a wish: it is
+granted where the hardware has the instructions (CUDA from Ampere on; CPUs with AVX512-BF16 or AMX tiles) and answered
+with fp32 elsewhere. The run is then slower than hoped but correct, and the caller can say so.
 """
 
 from __future__ import annotations

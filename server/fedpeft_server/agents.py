@@ -1,12 +1,13 @@
 """The agents as the daemon knows them: who is admitted, what they announced, how far they are.
 
 Admission has one source, the table of enrolled clients: a certificate of the authority is not enough, its key must be
-enrolled and not revoked. :class:`Roster` answers that for every service and keeps Flower's list of node keys equal to it,
-so that ``fedpeft server enroll`` and ``revoke`` take effect while the daemon runs.
+enrolled and not revoked. :class:`Roster` answers that for every service and keeps Flower's list of node keys equal to
+it, so that ``fedpeft server enroll`` and ``revoke`` take effect while the daemon runs.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from fedpeft_proto.v1 import coordinator_pb2 as pb
 from fedpeft_proto.v1 import coordinator_pb2_grpc as rpc
 from fedpeft_server.engine import FlowerEngine
 from fedpeft_server.pki import PeerIdentity, peer_identity
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
 
@@ -82,8 +85,10 @@ class Roster:
     def admit(self, peer: PeerIdentity, role: str = "client") -> None:
         """Raises :class:`FedPeftError` unless ``peer`` has ``role`` and, as a client, is enrolled and not revoked."""
         if peer.role != role:
-            raise FedPeftError(f"this call is for {role}s; {peer.name} is a {peer.role}", hint=f"use a bundle of an {role}"
-                               if role == "operator" else "use the bundle of a client")
+            raise FedPeftError(
+                f"this call is for {role}s; {peer.name} is a {peer.role}",
+                hint=f"use a bundle of an {role}" if role == "operator" else "use the bundle of a client",
+            )
         if role != "client":
             return
         row = self._store.client_by_key(peer.public_key_bytes)
@@ -123,7 +128,10 @@ class Roster:
     def announce(self, name: str, version: str, limits: Mapping[str, str]) -> None:
         with self._lock:
             self._announced[name] = (version, dict(limits))
-        self._store.touch(name)
+        try:
+            self._store.touch(name)
+        except FedPeftError as error:  # a full disk; that the agent is there is known without this date
+            log.warning("%s: %s", name, error)
 
     def report(self, name: str, progress: Progress) -> None:
         with self._lock:

@@ -1,7 +1,7 @@
 """Who may move which bytes: the decisions behind the adapter exchange, taken from the run that is active.
 
-A client may upload one thing: the delta of a round that it was selected for, no larger than that round allows; and it may
-download the states of the run that it takes part in. A complete object is judged by the round itself.
+A client may upload one thing: the delta of a round that it was selected for, no larger than that round allows; and it
+may download the states of the run that it takes part in. A complete object is judged by the round itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class RoundAuthority:
         round_ = self._matching(header, peer.name)
         limit = round_.expectation(peer.name).max_bytes
         if header.total_bytes > limit:
-            refusal = DeltaRefused("size", f"is larger than the {limit} bytes expected", field="delta", value=header.total_bytes)
+            refusal = DeltaRefused(
+                "size", f"is larger than the {limit} bytes expected", field="delta", value=header.total_bytes
+            )
             round_.refuse(peer.name, refusal)
             self._refused(peer.name, header.round, refusal, 0)
             raise refusal
@@ -67,8 +69,13 @@ class RoundAuthority:
         except FedPeftError as error:
             if error.field == "storage":
                 raise
-            # The round was committed, or another delta of this client taken, between the check and the record.
-            raise DeltaRefused("late", error.message, field=error.field, value=error.value, hint=error.hint) from None
+            # Figures that are no numbers; or the round was committed, or another delta of this client taken, between
+            # the check and the record.
+            code = "metrics" if (error.field or "").startswith("metrics") else "late"
+            late = DeltaRefused(code, error.message, field=error.field, value=error.value, hint=error.hint)
+            round_.refuse(peer.name, late)
+            self._refused(peer.name, header.round, late, header.total_bytes)
+            raise late from None
         if accepted.new:
             self._observe("accepted", header.total_bytes)
             if self._events:

@@ -1,13 +1,13 @@
 """The server's folder and its configuration.
 
-    server.toml      where to listen, under which names clients reach it
-    pki/             certificate authority and server certificate
-    operator.toml    the first operator's bundle
-    bundles/         bundles of enrolled clients, to be handed over and deleted
-    state.db         runs, rounds, deltas, ledger, enrolled clients
-    flower.db        Flower's nodes and messages
-    blobs/           content-addressed payloads
-    runs/            a run folder per run
+server.toml      where to listen, under which names clients reach it
+pki/             certificate authority and server certificate
+operator.toml    the first operator's bundle
+bundles/         bundles of enrolled clients, to be handed over and deleted
+state.db         runs, rounds, deltas, ledger, enrolled clients
+flower.db        Flower's nodes and messages
+blobs/           content-addressed payloads
+runs/            a run folder per run
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def init_server(directory: Path, hosts: list[str], port: int = DEFAULT_PORT) -> 
     loopback = all(name in ("localhost", "127.0.0.1", "::1") for name in names)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        config = ServerConfig(directory, "127.0.0.1" if loopback else "0.0.0.0", port, names, _default_database(directory))
+        config = ServerConfig(
+            directory, "127.0.0.1" if loopback else "0.0.0.0", port, names, _default_database(directory)
+        )
         init_authority(directory / "pki", list(hosts), port=port, endpoints=config.endpoints)
         (directory / "pki" / "operator.toml").rename(directory / "operator.toml")
         text = tomli_w.dumps({"listen": config.listen, "port": port, "hosts": list(names)})
@@ -82,7 +84,11 @@ def init_server(directory: Path, hosts: list[str], port: int = DEFAULT_PORT) -> 
 
 
 def load_config(directory: Path) -> ServerConfig:
-    """Read ``server.toml``. Raises :class:`FedPeftError` when the folder is not a server folder or the file is wrong."""
+    """Read ``server.toml``.
+
+    Raises:
+        FedPeftError: the folder is not a server folder, or the file is wrong.
+    """
     path = directory / CONFIG
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -104,7 +104,9 @@ def _run_status(run: dict[str, Any]) -> pb.RunStatus:
         rounds_total=run["rounds_total"],
         error=run["error"] or "",
         clients=[
-            pb.ClientStatus(name=c["name"], state=c.get("state", ""), detail=c.get("detail", ""), online=c.get("online", False))
+            pb.ClientStatus(
+                name=c["name"], state=c.get("state", ""), detail=c.get("detail", ""), online=c.get("online", False)
+            )
             for c in run["clients"]
         ],
     )

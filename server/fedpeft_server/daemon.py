@@ -1,8 +1,8 @@
 """The daemon: one process, one gRPC port, one run at a time.
 
 It puts the parts together and owns their life: the store, Flower's engine, the services, the queue of jobs. Everything
-that must survive is in the store before it is acknowledged, so ``kill -9`` is an ordinary way to stop: on the next start
-the run that was under way continues in the round in which it was.
+that must survive is in the store before it is acknowledged, so ``kill -9`` is an ordinary way to stop: on the next
+start the run that was under way continues in the round in which it was.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import fcntl
 import logging
 import secrets
+import shutil
+import socket
 import threading
 from concurrent import futures
 from pathlib import Path
 from typing import IO, Any
 
 import grpc
+from sqlalchemy.exc import SQLAlchemyError
 
 from fedpeft import __version__
 from fedpeft.adapters.attach import State
@@ -26,6 +29,7 @@ from fedpeft.federation.run import FederatedRun
 from fedpeft.federation.status import LEDGER, run_status
 from fedpeft.job.loading import dump_job, job_digest, parse_job
 from fedpeft.job.schema import Job
+from fedpeft.store.blobs import storage_error
 from fedpeft.store.export import export_run
 from fedpeft_proto.v1 import coordinator_pb2_grpc as rpc
 from fedpeft_server.agents import AgentLinkService, Roster
@@ -126,8 +130,13 @@ class Daemon:
                 )
         spec, _ = self._prepare(job)
         run_id = f"{job.name}-{secrets.token_hex(4)}"
-        self.store.create_run(run_id, job.name, dump_job(job), job.aggregation.rounds, spec.base_fingerprint)
-        RunFolder(self._folder(run_id)).write_job(job)
+        folder = self._folder(run_id)
+        try:  # the folder first: what stands in the queue is complete
+            RunFolder(folder).write_job(job)
+            self.store.create_run(run_id, job.name, dump_job(job), job.aggregation.rounds, spec.base_fingerprint)
+        except (OSError, FedPeftError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise storage_error(error, folder) if isinstance(error, OSError) else error from None
         self.events(run_id).add("run-queued", text=f"{job.name} queued")
         self._wake.set()
         return run_id
@@ -144,7 +153,9 @@ class Daemon:
             states = active[0].client_states() if active and active[0].run.run_id == one else {}
             by_name = {c["name"]: c for c in status["clients"]}
             for name in sorted(states.keys() | by_name.keys()):
-                entry = by_name.setdefault(name, {"name": name, "selected": 0, "delivered": 0, "bytes_up": 0, "refused": 0})
+                entry = by_name.setdefault(
+                    name, {"name": name, "selected": 0, "delivered": 0, "bytes_up": 0, "refused": 0}
+                )
                 entry["state"], entry["detail"] = states.get(name, ("idle", ""))
                 entry["online"] = name in online
             status["clients"] = [by_name[name] for name in sorted(by_name)]
@@ -211,8 +222,8 @@ class Daemon:
         while not self._closing.wait(_SYNC_S):
             try:
                 self.roster.sync()
-            except FedPeftError as error:
-                log.warning("cannot read the enrolled clients: %s", error)
+            except (FedPeftError, SQLAlchemyError) as error:
+                log.warning("cannot bring the enrolled clients up to date: %s", failure_text(error))
 
     def _work(self) -> None:
         while not self._closing.is_set():
@@ -225,7 +236,11 @@ class Daemon:
             if row is None:
                 self._wake.wait(_SYNC_S)
                 continue
-            self._run(row.id)
+            try:
+                self._run(row.id)
+            except Exception as error:  # the run could not even be marked: on a full disk, for example
+                log.error("run %s: %s", row.id, failure_text(error))
+                self._closing.wait(_STORAGE_RETRY_S)
 
     def _run(self, run_id: str) -> None:
         """Work on one run until it ends, is stopped, or the daemon closes."""
@@ -235,7 +250,9 @@ class Daemon:
             job = parse_job(self.store.run(run_id).job_toml)
             spec, initial = self._prepare(job)
             run = FederatedRun.resume(self.store, run_id, spec, initial)
-            strategy = FederatedStrategy(run, self.roster, events, RunFolder(self._folder(run_id)), stop, metrics=self.metrics)
+            strategy = FederatedStrategy(
+                run, self.roster, events, RunFolder(self._folder(run_id)), stop, metrics=self.metrics
+            )
             with self._lock:
                 self._active = (strategy, stop)
             if self._closing.is_set():
@@ -248,16 +265,15 @@ class Daemon:
                 strategy.start(engine_run.grid)
         except RunStopped:
             log.info("run %s: set down", run_id)
-        except FedPeftError as error:
-            if error.field == "storage":
-                log.error("run %s waits for storage: %s", run_id, error)
-                events.add("storage", text=f"waiting: {error}")
+        except Exception as error:
+            if _waits_for_storage(error):
+                log.error("run %s waits for storage: %s", run_id, failure_text(error))
+                events.once("storage", f"waiting: {failure_text(error)}")
                 self._closing.wait(_STORAGE_RETRY_S)
             else:
+                if not isinstance(error, FedPeftError):
+                    log.exception("run %s failed", run_id)
                 self._failed(run_id, events, error)
-        except Exception as error:
-            log.exception("run %s failed", run_id)
-            self._failed(run_id, events, error)
         finally:
             self.authority.open(None, None)
             self.metrics.running.set(0)
@@ -284,8 +300,9 @@ class Daemon:
         rpc.add_CoordinatorServicer_to_server(CoordinatorService(self, self.roster), server)
         rpc.add_AgentLinkServicer_to_server(AgentLinkService(self.roster, self.wanted), server)
         try:
+            _probe_address(self.config)  # gRPC would say so as well, with lines of its own on standard error
             port = server.add_secure_port(self.config.address, server_credentials(self._tls))
-        except RuntimeError:
+        except (OSError, RuntimeError):
             port = 0
         if not port:
             raise FedPeftError(
@@ -315,6 +332,22 @@ class Daemon:
         return run_id
 
 
+def _waits_for_storage(error: Exception) -> bool:
+    """Whether a run may go on later, when the disk has space again or the database answers."""
+    if isinstance(error, FedPeftError):
+        return error.field in ("storage", "state_db")
+    return isinstance(error, OSError | SQLAlchemyError)
+
+
+def _probe_address(config: ServerConfig) -> None:
+    """Raises :class:`OSError` when the address cannot be bound now."""
+    family = socket.AF_INET6 if ":" in config.listen else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a former daemon do not count
+        probe.bind((config.listen, config.port))
+        probe.listen(1)
+
+
 def _lock(directory: Path) -> IO[str]:
     """Hold the folder for this process."""
     file = open(directory / ".lock", "w")  # noqa: SIM115 - held open for the life of the daemon
@@ -326,4 +359,3 @@ def _lock(directory: Path) -> IO[str]:
             "another daemon is running on this folder", field=str(directory), hint="stop it first"
         ) from None
     return file
-

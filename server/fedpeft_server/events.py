@@ -7,11 +7,14 @@ it was, also after a restart of the daemon. The ledger is the evidence; this log
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from fedpeft.federation.folder import append_line
 
 FINAL = frozenset({"run-finished", "run-failed", "run-stopped"})
 
@@ -45,37 +48,56 @@ class EventLog:
         self._changed = threading.Condition()
         self._events: list[RunEvent] = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            whole = 0
+            for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     self._events.append(RunEvent(**json.loads(line)))
                 except (ValueError, TypeError):
-                    break  # the last line was cut off by a crash
-            path.write_text("".join(json.dumps(asdict(e)) + "\n" for e in self._events), encoding="utf-8")
+                    os.truncate(path, whole)  # the last line was cut off by a crash
+                    break
+                whole += len(line)
+        self._saved = len(self._events)
 
     def add(
         self, kind: str, *, round: int = 0, client: str = "", text: str = "", metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Append an event and wake the watchers. A disk that is full does not stop the run for the sake of its log."""
+        """Append an event and wake the watchers.
+
+        A disk that is full does not stop the run for the sake of its log: what could not be written is kept in memory
+        and written with a later event.
+        """
         with self._changed:
             event = RunEvent(len(self._events) + 1, time.time(), kind, round, client, text, dict(metrics or {}))
             self._events.append(event)
             try:
-                with open(self._path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(event)) + "\n")
+                append_line(self._path, *(json.dumps(asdict(e)) for e in self._events[self._saved :]))
+                self._saved = len(self._events)
             except OSError:
                 pass
             self._changed.notify_all()
 
+    def once(self, kind: str, text: str) -> None:
+        """Append an event unless the newest one says the same: for conditions that last."""
+        last = self.last()
+        if last is None or (last.kind, last.text) != (kind, text):
+            self.add(kind, text=text)
+
     def last(self) -> RunEvent | None:
         with self._changed:
             return self._events[-1] if self._events else None
+
+    def has(self, kind: str, round: int) -> bool:
+        """Whether there is an event of this kind about this round."""
+        with self._changed:
+            return any(event.kind == kind and event.round == round for event in self._events)
 
     def follow(self, from_seq: int, hold_s: float = 1.0) -> Iterator[RunEvent | None]:
         """Events after ``from_seq``, live, until the run's final event; ``None`` at least every ``hold_s`` seconds."""
         at = from_seq
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._events) > at, timeout=hold_s)
+                if len(self._events) <= at:
+                    self._changed.wait(hold_s)
                 fresh = self._events[at:]
             if not fresh:
                 yield None

@@ -1,8 +1,8 @@
 """Metrics and a status page over plain HTTP, on the loopback interface only.
 
-``/metrics`` is for Prometheus, ``/`` for a person, ``/status.json`` for a script, ``/ready`` for a supervisor: it answers
-200 only while the state database can be written. None of them can change anything, and none is reachable from outside
-unless an operator puts a proxy before it.
+``/metrics`` is for Prometheus, ``/`` for a person, ``/status.json`` for a script, ``/ready`` for a supervisor: it
+answers 200 only while the state database can be written. None of them can change anything, and none is reachable from
+outside unless an operator puts a proxy before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; margin-bottom: 1.5rem }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8886 }
 caption { text-align: left; font-weight: 600; padding: .3rem .6rem }
 """
 
@@ -103,7 +103,9 @@ class StatusPage:
 
     def _page(self) -> str:
         status = self._status()
-        runs = [[r["run_id"], r["state"], f"{r['round']}/{r['rounds_total']}", r["error"] or ""] for r in status["runs"]]
+        runs = [
+            [r["run_id"], r["state"], f"{r['round']}/{r['rounds_total']}", r["error"] or ""] for r in status["runs"]
+        ]
         agents = [[a["name"], "online" if a["online"] else "offline", a["version"]] for a in status["agents"]]
         return (
             '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">'

@@ -2,8 +2,8 @@
 
 Flower's stock loop sends once and waits for everybody. This one follows the run's state machine instead: it asks the
 clients whose delta is missing, asks again after a lost message or a restarted agent, stops waiting at the round's
-deadline, takes a decline for an answer, and can be killed and started again at any point, because what counts as done is
-what the store has accepted and never what a reply says.
+deadline, takes a decline for an answer, and can be killed and started again at any point, because what counts as done
+is what the store has accepted and never what a reply says.
 
 Messages carry a :class:`RoundTask` and bring a :class:`RoundReply`, serialised in one record; the tensors travel on the
 adapter exchange.
@@ -12,6 +12,7 @@ adapter exchange.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.grid import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from google.protobuf.message import DecodeError
 
 from fedpeft.errors import FedPeftError, RunFailed
 from fedpeft.federation.folder import RunFolder
@@ -41,6 +43,7 @@ RETRY_S = 1.0
 OFFLINE_GRACE_S = 60.0
 HEAR_OUT_S = 2.0
 MAX_CRASHES = 3
+NO_SPACE = "waiting for space at the server"  # a phase that agents report
 
 
 class RunStopped(Exception):
@@ -101,11 +104,15 @@ class FederatedStrategy(Strategy):
 
     # -- Flower's Strategy interface -------------------------------------------------------------------------------
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord | None = None, **_: Any) -> Result:  # type: ignore[override]
+    def start(self, grid: Grid, initial_arrays: ArrayRecord | None = None, **_: Any) -> Result:
         """Run the rounds that are left. Raises :class:`RunStopped` or :class:`RunFailed`."""
         assert isinstance(grid, EmbeddedGrid)
         self.summary()
-        if self.run.committed_rounds == 0:
+        last = self.run.committed_rounds
+        if last and not self.events.has("round-committed", last):
+            # The process died, or the disk was full, just after the commit.
+            self._publish(dict(self.run.store.rounds(self.run.run_id)[last - 1].report or {}))
+        if last == 0:
             self._evaluate(grid, 0)
         while not self.run.done:
             self._one_round(grid)
@@ -150,13 +157,16 @@ class FederatedStrategy(Strategy):
     def _one_round(self, grid: EmbeddedGrid) -> None:
         self._await_clients()
         round_ = self.run.open_round(self.roster.nodes())
+        asked = ", ".join(round_.missing()) or "nobody"
         self.events.add(
             "round-started",
             round=round_.number,
-            text=f"round {round_.number}/{self.run.job.aggregation.rounds}: asking {', '.join(round_.missing()) or 'nobody'}",
+            text=f"round {round_.number}/{self.run.job.aggregation.rounds}: asking {asked}",
         )
         phase = _Phase(round_.number, True, round_.start_digest, {name: _Ask() for name in round_.selected})
-        self._converse(grid, phase, lambda: set(round_.missing()), enough=lambda: len(round_.accepted()) >= round_.needed)
+        self._converse(
+            grid, phase, lambda: set(round_.missing()), enough=lambda: len(round_.accepted()) >= round_.needed
+        )
         try:
             report = round_.commit()
         except RunFailed as error:
@@ -164,13 +174,17 @@ class FederatedStrategy(Strategy):
         if self.metrics:
             self.metrics.rounds.inc()
             self.metrics.round_seconds.observe(report["seconds"])
+        self._publish(report)
+
+    def _publish(self, report: dict[str, Any]) -> None:
+        """Put the newest committed state into the run folder, and tell the watchers."""
+        self.folder.write_state(self.run, report["round"])
         self.folder.log("round", **report)
-        self.folder.write_state(self.run, round_.number)
         loss = report.get("train_loss")
         self.events.add(
             "round-committed",
-            round=round_.number,
-            text=f"round {round_.number} committed: {report['accepted']} of {report['selected']} deltas"
+            round=report["round"],
+            text=f"round {report['round']} committed: {report['accepted']} of {report['selected']} deltas"
             + (f", training loss {loss:.4f}" if loss is not None else ""),
             metrics={k: float(v) for k, v in report.items() if isinstance(v, int | float) and not isinstance(v, bool)},
         )
@@ -198,7 +212,9 @@ class FederatedStrategy(Strategy):
         if not asks:
             return
         phase = _Phase(number, False, self.run.state_digest, asks)
-        self._converse(grid, phase, lambda: {n for n, a in asks.items() if not a.answered}, enough=lambda: True, grace_s=5.0)
+        self._converse(
+            grid, phase, lambda: {n for n, a in asks.items() if not a.answered}, enough=lambda: True, grace_s=5.0
+        )
 
     def _finish(self) -> None:
         scores: dict[str, dict[str, Mapping[str, float]]] = {"base": {}, "federated": {}}
@@ -246,6 +262,7 @@ class FederatedStrategy(Strategy):
                     return
                 if enough() and all(self._gone(name, grace_s) for name in waiting):
                     return
+                self._say_if_full(phase, waiting)
                 configure = self.configure_train if phase.train else self.configure_evaluate
                 self._push(grid, list(configure(phase.number, *empty, grid)))
                 replies = grid.pull_messages([a.message_id for a in phase.asks.values() if a.message_id])
@@ -257,6 +274,14 @@ class FederatedStrategy(Strategy):
         finally:
             self._hear_out(grid, missing())
             grid.forget_messages([a.message_id for a in phase.asks.values() if a.message_id])
+
+    def _say_if_full(self, phase: _Phase, waiting: set[str]) -> None:
+        """An agent whose upload finds the disk full tries again by itself; tell the operator what it waits for."""
+        for name in waiting:
+            progress = self.roster.progress(name)
+            here = (self.run.run_id, phase.number, NO_SPACE)
+            if progress and (progress.run_id, progress.round, progress.phase) == here:
+                self.events.once("storage", f"{name} waits: the disk is full; free space, the run goes on by itself")
 
     def _hear_out(self, grid: EmbeddedGrid, missing: set[str]) -> None:
         """Take the replies of those who have delivered: an upload is accepted a moment before its reply comes."""
@@ -321,10 +346,17 @@ class FederatedStrategy(Strategy):
         if reply.has_error():
             self._note_error(name, ask, reply)
             return
-        answer = pb.RoundReply.FromString(bytes(reply.content[RECORD][KEY]))  # type: ignore[arg-type, index]
+        try:
+            answer = pb.RoundReply.FromString(bytes(reply.content[RECORD][KEY]))
+        except (DecodeError, KeyError, TypeError):
+            self._verdict(name, ask, "failed", "sent a reply that cannot be read")
+            return
         if answer.status == pb.RoundReply.DELIVERED:
             ask.retry_at = time.monotonic() + RETRY_S  # asked again only if the exchange did not get it after all
         elif answer.status == pb.RoundReply.EVALUATED:
+            if not all(_scores(e.metrics) for e in answer.evaluations):
+                self._verdict(name, ask, "failed", "sent scores that are no numbers")
+                return
             ask.answered = True
             for evaluation in answer.evaluations:
                 self.run.store.record_evaluation(
@@ -385,6 +417,11 @@ class FederatedStrategy(Strategy):
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise RunStopped
+
+
+def _scores(metrics: Mapping[str, float]) -> bool:
+    """Whether a participant's figures can stand in a table."""
+    return "loss" in metrics and all(math.isfinite(value) for value in metrics.values())
 
 
 def failure_text(error: BaseException) -> str:

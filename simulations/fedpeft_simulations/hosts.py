@@ -1,8 +1,8 @@
 """Where simulated clients live: in this process, or in a pool of worker processes.
 
-A host holds one resident :class:`~fedpeft.federation.participant.Participant` and the encoded data of the clients that it
-has served so far. Both kinds of host run the same function on the same bytes, with the number of threads that the job
-fixes, so the result is the same to the last bit; the pool only uses more cores.
+A host holds one resident :class:`~fedpeft.federation.participant.Participant` and the encoded data of the clients
+that it has served so far. Both kinds of host run the same function on the same bytes, with the number of threads that
+the job fixes, so the result is the same to the last bit; the pool only uses more cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The promise of the main job: one job file, the same adapter, byte for byte, simulated and deployed, and after kills."""
+"""The promise of the main job: one job file, the same adapter, byte for byte, simulated and deployed, and after
+kills."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from federation import ROOT, Federation, fedpeft, ok, wait_for
 from peft import PeftModel
 
 JOB = ROOT / "simulations" / "jobs" / "quickstart.toml"
-OVERRIDES = ("clients.count=4", "aggregation.rounds=3", "train.local_steps=2", "train.batch_size=4", "evaluation.baselines=[]")
+OVERRIDES = (
+    "clients.count=4",
+    "aggregation.rounds=3",
+    "train.local_steps=2",
+    "train.batch_size=4",
+    "evaluation.baselines=[]",
+)
 SETS = [part for o in OVERRIDES for part in ("--set", o)]
 WEIGHTS = "adapter_model.safetensors"
 
@@ -71,10 +78,14 @@ def test_simulation_and_deployment_give_the_same_adapter(federation, simulated, 
     # Stock PEFT loads it.
     from fedpeft.models import load_base
 
-    PeftModel.from_pretrained(load_base("builtin:tiny-code-lm", "causal-lm").model, str(tmp_path / "fetched" / "adapter"))
+    PeftModel.from_pretrained(
+        load_base("builtin:tiny-code-lm", "causal-lm").model, str(tmp_path / "fetched" / "adapter")
+    )
 
     # watch replays the whole run and ends.
-    watched = [json.loads(line)["kind"] for line in ok("watch", run, "--bundle", federation.operator, "--json").splitlines()]
+    watched = [
+        json.loads(line)["kind"] for line in ok("watch", run, "--bundle", federation.operator, "--json").splitlines()
+    ]
     assert watched.count("round-committed") == 3
     assert watched.count("delta-accepted") == 12
     assert watched[-1] == "run-finished"

@@ -22,7 +22,7 @@ class Lora:
 
         return LoraConfig(
             r=section.rank,
-            lora_alpha=section.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a float is fine
+            lora_alpha=section.alpha,
             use_rslora=section.rank_stabilised,
             lora_dropout=section.dropout,
             target_modules=targets,

@@ -18,7 +18,9 @@ IDS = torch.randint(0, 64, (2, 10), generator=torch.Generator().manual_seed(1))
 def attached(model, seed=7, **section):
     settings = {"kind": "ffa-lora", "rank": 3, "alpha": 7.0, **section}
     fingerprint = base_fingerprint(model.state_dict())
-    return attach(model, AdapterSection(**settings), seed=seed, task="causal-lm", fingerprint=fingerprint, base_name="tiny")
+    return attach(
+        model, AdapterSection(**settings), seed=seed, task="causal-lm", fingerprint=fingerprint, base_name="tiny"
+    )
 
 
 def noise_like(state):

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from deltas import MemoryDelta, Pair, Shape, random_delta
+from aggregation_deltas import MemoryDelta, Pair, Shape, random_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,7 +116,7 @@ def test_ffa_is_the_true_mean_of_the_updates(orthonormal_known):
     committed = round_.commit(list(zip(deltas, weights, strict=True)))
     assert committed.report["exactness_abs"] == 0.0
     assert committed.report["exactness_floor"] == committed.report["rounding_bound"]
-    _, target, step, clients = dense(everything, deltas, weights)
+    _, _, step, clients = dense(everything, deltas, weights)
     for pair in PAIRS:  # the product of the new state is M, in float64, to float32 rounding of B
         b = np.tensordot(weights, [(everything[pair.b] + d.tensor(pair.b)).double().numpy() for d in deltas], 1) / 14
         a = everything[pair.a].double().numpy()

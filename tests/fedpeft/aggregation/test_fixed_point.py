@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from deltas import MemoryDelta, numpy_mean, random_delta
+from aggregation_deltas import MemoryDelta, numpy_mean, random_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deltas import numpy_mean, random_delta
+from aggregation_deltas import numpy_mean, random_delta
 
 from fedpeft.aggregation.fixed_point import plan
 from fedpeft.aggregation.linear_mean import LinearMean
@@ -105,7 +105,7 @@ def test_memory_does_not_grow_with_the_number_of_clients():
         """
         import resource, sys
         import torch
-        from deltas import random_delta
+        from aggregation_deltas import random_delta
         from fedpeft.aggregation.fixed_point import plan
         from fedpeft.aggregation.linear_mean import LinearMean
         torch.set_num_threads(1)

@@ -52,7 +52,10 @@ def test_a_job_written_out_reads_back_to_itself():
         ("zzz.a=1", r"zzz: unknown key; known: name, seed, model"),
         ("adapter.rank=0", r"adapter\.rank: .*greater than or equal to 1 \(got 0\)"),
         ("adapter.rank='8'", r"adapter\.rank: .*valid integer \(got '8'\)"),
-        ("adapter.kind='ffa-lorra'", r"adapter\.kind: adapter kind 'ffa-lorra' is not available; did you mean 'ffa-lora'\?"),
+        (
+            "adapter.kind='ffa-lorra'",
+            r"adapter\.kind: adapter kind 'ffa-lorra' is not available; did you mean 'ffa-lora'\?",
+        ),
         ("aggregation.rule='maen'", r"aggregation\.rule: .*did you mean 'mean'\?"),
         ("privacy.mode='client-central'", r"privacy\.mode: .*not available in this version\) \(got 'client-central'\)"),
         ("audit.canaries=64", r"audit\.canaries: .*not available in this version"),
