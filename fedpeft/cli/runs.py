@@ -19,6 +19,7 @@ from fedpeft.job.loading import dump_job
 
 T = TypeVar("T")
 _CALL_S = 60.0
+_START_S = 20.0  # how long a command waits for a daemon that does not listen yet
 
 
 def submit_job(path: Path, bundle: Path, overrides: list[str], watch: bool, as_json: bool) -> None:
@@ -152,21 +153,41 @@ def _coordinator(bundle_path: Path) -> Iterator[tuple[Any, Callable[[Callable[[]
 
     bundle = load_bundle(bundle_path)
     channel, endpoint = open_channel(bundle)
+    _await_daemon(channel, endpoint, lambda: why_refused(bundle, endpoint))
 
     def ask(call: Callable[[], T]) -> T:
         try:
             return call()
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise why_refused(bundle, endpoint) or FedPeftError(
-                    f"no daemon answers at {endpoint}", hint="start it: fedpeft server up DIR"
-                ) from None
+                raise why_refused(bundle, endpoint) or _no_daemon(endpoint) from None
             raise FedPeftError(error.details() or str(error.code())) from None
 
     try:
         yield rpc.CoordinatorStub(channel), ask
     finally:
         channel.close()
+
+
+def _await_daemon(channel: Any, endpoint: str, refused: Callable[[], FedPeftError | None]) -> None:
+    """Give a daemon that is just starting the time to listen."""
+    import grpc
+
+    ready = grpc.channel_ready_future(channel)
+    for patience_s, is_last in ((2.0, False), (_START_S, True)):
+        try:
+            ready.result(timeout=patience_s)
+            return
+        except grpc.FutureTimeoutError:
+            if (reason := refused()) is not None:
+                raise reason from None
+            if is_last:
+                raise _no_daemon(endpoint) from None
+            err.print(f"waiting for the daemon at {endpoint}", style="dim")
+
+
+def _no_daemon(endpoint: str) -> FedPeftError:
+    return FedPeftError(f"no daemon answers at {endpoint}", hint="start it: fedpeft server up DIR")
 
 
 def _each(stream: Any, ask: Callable[..., Any]) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,6 @@ from fedpeft.models import LoadedBase, load_base
 from fedpeft.training.loop import Progress, evaluate, train_round
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fedpeft.data.records import Record
     from fedpeft.job.schema import Job, TrainSection
 
@@ -81,10 +80,10 @@ class Participant:
     def spec(self) -> AdapterSpec:
         return self.adapter.spec
 
-    def initial_state(self, start_from: Path | None = None) -> State:
-        """The state before round 1: a PEFT folder's, or the seeded start at which the adapted model equals the base."""
-        if start_from is not None:
-            return read_peft_folder(start_from, self.spec, self.job.seed)
+    def initial_state(self) -> State:
+        """The state before round 1: the PEFT folder's that the job names, or the seeded start, which equals the base."""
+        if self.job.adapter.start_from is not None:
+            return read_peft_folder(Path(self.job.adapter.start_from).expanduser(), self.spec, self.job.seed)
         return {name: value.clone() for name, value in self._first_values.items()}
 
     def encode(self, records: Sequence[Record]) -> Encoded:

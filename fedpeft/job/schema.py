@@ -98,6 +98,9 @@ class AdapterSection(Section):
         False, description="Also train and exchange the classification head (a full copy of it travels)."
     )
     codec: Literal["fp32", "bf16"] = Field("fp32", description="Number format of deltas on the wire.")
+    start_from: str | None = Field(
+        None, description="A PEFT adapter folder at the coordinator to start from, instead of the seeded start."
+    )
 
     @field_validator("kind")
     @classmethod

@@ -41,6 +41,7 @@ RECORD, KEY = "fedpeft", "task"
 POLL_S = 0.05
 RETRY_S = 1.0
 OFFLINE_GRACE_S = 60.0
+EVALUATION_GRACE_S = 30.0  # longer than a restarted agent needs to be back
 HEAR_OUT_S = 2.0
 MAX_CRASHES = 3
 NO_SPACE = "waiting for space at the server"  # a phase that agents report
@@ -213,7 +214,11 @@ class FederatedStrategy(Strategy):
             return
         phase = _Phase(number, False, self.run.state_digest, asks)
         self._converse(
-            grid, phase, lambda: {n for n, a in asks.items() if not a.answered}, enough=lambda: True, grace_s=5.0
+            grid,
+            phase,
+            lambda: {n for n, a in asks.items() if not a.answered},
+            enough=lambda: True,
+            grace_s=EVALUATION_GRACE_S,
         )
 
     def _finish(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from fedpeft.federation.summary import summarise
 from fedpeft.job.loading import dump_job
 from fedpeft.job.schema import Job
 from fedpeft.store.store import RunStore
-from fedpeft_simulations.hosts import ClientHost, Hosts, Metrics, make_hosts, simulated_clients
+from fedpeft_simulations.hosts import ClientHost, Hosts, Metrics, Task, make_hosts, simulated_clients
 
 Watcher = Callable[[str, Mapping[str, Any]], None]
 """Told what happens: (event, facts). Events: start, round, client, committed, evaluate, baseline."""
@@ -76,6 +75,8 @@ def simulate(job: Job, out: Path, *, engine: str = "auto", watch: Watcher | None
     with RunStore.open(f"sqlite:///{out / LEDGER}", out / "blobs") as store:
         run = _open_run(store, job, host.participant, out)
         folder.write_job(job)
+        if run.committed_rounds:  # it may have died between a commit and its publication
+            folder.write_state(run, run.committed_rounds)
         hosts = make_hosts(engine, host)
         try:
             watch("start", {"run_id": run.run_id, "clients": names, "rounds": job.aggregation.rounds})
@@ -122,12 +123,8 @@ def _one_round(hosts: Hosts, run: FederatedRun, names: list[str], folder: RunFol
     round_ = run.open_round(names)
     watch("round", {"round": round_.number, "selected": round_.selected})
     state = run.store.blobs.path(round_.start_digest)
-    work = {
-        hosts.submit("train", client, run.run_id, round_.number, state, round_.start_digest): client
-        for client in round_.missing()
-    }
-    for future in as_completed(work):
-        client, update = work[future], future.result()
+    tasks = {name: ("train", name, run.run_id, round_.number, state, round_.start_digest) for name in round_.missing()}
+    for client, update in hosts.each(tasks):
         assert isinstance(update, ClientUpdate)
         run.store.blobs.put_bytes(update.payload)
         round_.accept(client, update.digest)
@@ -141,11 +138,9 @@ def _one_round(hosts: Hosts, run: FederatedRun, names: list[str], folder: RunFol
 def _evaluate(
     hosts: Hosts, run: FederatedRun, names: list[str], state: Path, number: int, watch: Watcher, folder: RunFolder
 ) -> dict[str, Metrics]:
-    work = {hosts.submit("evaluate", name, state): name for name in names}
     results: dict[str, Metrics] = {}
-    for future in as_completed(work):
-        name = work[future]
-        results[name] = future.result()
+    for name, metrics in hosts.each({name: ("evaluate", name, state) for name in names}):
+        results[name] = metrics
         watch("evaluate", {"client": name, "round": number, **results[name]})
     for name in names:
         run.store.record_evaluation(run.run_id, number, name, "heldout", results[name])
@@ -160,17 +155,16 @@ def _baselines(
     in_a_round = job.clients.per_round or len(names)
     if job.clients.sample_rate is not None:
         in_a_round = max(1, round(job.clients.sample_rate * len(names)))
-    work: dict[Future[Any], str | None] = {}  # None stands for the pooled model
+    tasks: dict[str, Task] = {}  # the key "" stands for the pooled model: no client has an empty name
     if "pooled" in wanted:  # the longest task first
-        work[hosts.submit("pooled_baseline", initial, in_a_round)] = None
+        tasks[""] = ("pooled_baseline", initial, in_a_round)
     if "local" in wanted:
-        work |= {hosts.submit("local_baseline", name, initial): name for name in names}
+        tasks |= {name: ("local_baseline", name, initial) for name in names}
     results: dict[str, dict[str, Metrics]] = {"local": {}, "pooled": {}}
-    for future in as_completed(work):
-        name = work[future]
-        if name is None:
-            results["pooled"] = future.result()
+    for name, metrics in hosts.each(tasks):
+        if name:
+            results["local"][name] = metrics
         else:
-            results["local"][name] = future.result()
+            results["pooled"] = metrics
         watch("baseline", {"which": name or "pooled"})
     return {which: results[which] for which in ("local", "pooled") if which in wanted}

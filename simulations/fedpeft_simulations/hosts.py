@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,27 +105,29 @@ class ClientHost:
         return current
 
 
+Task = tuple[Any, ...]
+"""Name of a method of :class:`ClientHost` and its arguments."""
+
+
 class Hosts(Protocol):
     """Runs methods of a :class:`ClientHost`, somewhere."""
 
-    def submit(self, method: str, *args: Any) -> Future[Any]: ...
+    def each(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
+        """Do the tasks; yield (key, result) of each as soon as it is done, in any order."""
+        ...
 
     def close(self) -> None: ...
 
 
 class InProcessHost:
-    """One host in this process; work is done when it is submitted."""
+    """One host in this process; a task is begun when the result of the one before has been taken."""
 
     def __init__(self, host: ClientHost):
         self.host = host
 
-    def submit(self, method: str, *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(getattr(self.host, method)(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def each(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
+        for key, (method, *args) in tasks.items():
+            yield key, getattr(self.host, method)(*args)
 
     def close(self) -> None:
         pass
@@ -139,8 +141,10 @@ class HostPool:
             workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start, initargs=(dump_job(job),)
         )
 
-    def submit(self, method: str, *args: Any) -> Future[Any]:
-        return self.pool.submit(_call, method, args)
+    def each(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
+        keys = {self.pool.submit(_call, method, tuple(args)): key for key, (method, *args) in tasks.items()}
+        for future in as_completed(list(keys)):
+            yield keys.pop(future), future.result()
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
 """What is wrong is refused with one clear line, nothing that was accepted is lost, and the daemon goes on serving.
 
-One federation of two honest agents stays up for the whole module. Every mistake and every hostile participant meets this
-same daemon, and afterwards the same two agents still bring a job to its end with the adapter that the simulation gives.
+One federation of two honest agents stays up for the whole module. Every mistake and every hostile participant meets
+this same daemon, and afterwards the same two agents still bring a job to its end with the adapter of the simulation.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def finishes(federation: Federation, run: str, expected: bytes) -> dict[str, Any
     return status
 
 
-# Mistakes in the job ---------------------------------------------------------------------------------------------------
+# Mistakes in the job --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_good_job_runs_after_all_those(federation, expected):
     finishes(federation, federation.submit(JOB, *SMALL), expected)
 
 
-# Mistakes of an operator -----------------------------------------------------------------------------------------------
+# Mistakes of an operator ----------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_run_is_named(federation):
@@ -253,7 +253,7 @@ def test_enrolment_mistakes_are_named(federation):
     assert "is not a server folder" in one_line(fedpeft("server", "enroll", "eve", "--dir", federation.root))
 
 
-# Who is not welcome ----------------------------------------------------------------------------------------------------
+# Who is not welcome ---------------------------------------------------------------------------------------------------
 
 
 def agent_of(home: Path, bundle: Bundle, data: Path) -> Process:
@@ -341,7 +341,7 @@ def test_clients_cannot_command_and_operators_cannot_train(federation, tmp_path)
     assert call(bundle, bundle.endpoints[0], announce) is grpc.StatusCode.PERMISSION_DENIED
     assert call(load_bundle(ada), bundle.endpoints[0], status) is grpc.StatusCode.PERMISSION_DENIED
     with open_channel(bundle)[0] as channel:
-        with pytest.raises(FedPeftError, match="PERMISSION_DENIED.*operator"):
+        with pytest.raises(FedPeftError, match=r"PERMISSION_DENIED.*operator"):
             ExchangeClient(channel).upload(b"x", "run", 1, content_address(b"x"))
         with pytest.raises(FedPeftError, match="does not know the key of operator"):
             FleetSession(channel, bundle, bundle.endpoints[0]).run(ClientApp(), threading.Event())
@@ -362,7 +362,7 @@ def test_an_agent_whose_files_are_wrong_does_not_start(federation, tmp_path):
     assert "do not edit bundles" in one_line(fedpeft("client", "up", "--bundle", tmp_path / "edited.toml"))
 
 
-# Agents that cannot, may not, or mean harm ----------------------------------------------------------------------------------
+# Agents that cannot, may not, or mean harm ----------------------------------------------------------------------------
 
 
 class InThread:
@@ -384,11 +384,11 @@ class InThread:
 
         for _ in range(20):  # the daemon learns of a new enrolment within a second
             try:
-                return FleetSession(self.channel, self.bundle, self.endpoint).run(app, self.stop, on_state)
+                FleetSession(self.channel, self.bundle, self.endpoint).run(app, self.stop, on_state)
             except FedPeftError:
-                if self.online.is_set() or self.stop.is_set():
-                    return None
                 time.sleep(0.5)
+            if self.online.is_set() or self.stop.is_set():
+                return
 
     def close(self) -> None:
         revoke(self.federation.server_dir, self.bundle.name)
@@ -464,8 +464,8 @@ def test_an_agent_with_another_base_or_outside_its_owners_limits_says_so_and_the
 class Mallory:
     """An enrolled client that answers a round with everything but an honest delta.
 
-    It makes the delta that an honest agent would send and spoils it in one way after the other, so each refusal is about
-    that one thing.
+    It makes the delta that an honest agent would send and spoils it in one way after the other, so each refusal is
+    about that one thing.
     """
 
     def __init__(self, bundle: Bundle, channel: grpc.Channel, data: Path, home: Path):
@@ -646,7 +646,7 @@ def test_a_good_job_still_runs_at_the_end(federation, expected):
     finishes(federation, federation.submit(JOB, *SMALL), expected)
 
 
-# A full disk -------------------------------------------------------------------------------------------------------------
+# A full disk ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

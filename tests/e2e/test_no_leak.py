@@ -24,7 +24,7 @@ SMALL = ("aggregation.rounds=1", "train.local_steps=1", "train.batch_size=2", "d
          "evaluation.max_examples=4", "evaluation.baselines=[]")  # fmt: skip
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
-HOOK = '''
+HOOK = """
 import os, sys
 
 def hook(event, arguments):
@@ -42,7 +42,7 @@ def hook(event, arguments):
 
 sys.addaudithook(hook)
 hook("socket.connect", (None, ("hook in place", 0)))
-'''
+"""
 
 
 class Watch:
