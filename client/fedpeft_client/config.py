@@ -110,7 +110,8 @@ def load_client_config(path: Path, name: str, data: str | None = None) -> Client
     try:
         config = ClientConfig.model_validate(table)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # An unknown key first: it usually explains one that is missing.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         known = Limits.model_fields if where.startswith("limits.") else ClientConfig.model_fields
         guess = nearest(str(first["loc"][-1]), known) if first["type"] == "extra_forbidden" else None

@@ -75,7 +75,7 @@ def train_round(
         progress: told after each step.
 
     Raises:
-        FedPeftError: the loss stopped being finite.
+        FedPeftError: the loss stopped being finite, or the model has no gradient checkpointing.
     """
     parameters = list(adapter.parameters.values())
     device = parameters[0].device
@@ -189,9 +189,17 @@ def _optimizer(section: TrainSection, parameters: list[torch.nn.Parameter], rate
 
 @contextlib.contextmanager
 def _training_mode(model: Any, section: TrainSection) -> Iterator[None]:
-    model.train()
     if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise FedPeftError(
+                f"the base model cannot do it: {str(error).rstrip('.')}",
+                field="train.gradient_checkpointing",
+                value=True,
+                hint="leave it out",
+            ) from error
+    model.train()
     try:
         with _threads(section.threads):
             yield

@@ -75,6 +75,7 @@ class Daemon:
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._lock = threading.Lock()
+        self._loading = threading.Lock()  # transformers cannot load two models in one process at the same time
         self._prepared: dict[str, tuple[AdapterSpec, State]] = {}
         self._logs: dict[str, EventLog] = {}
         self._active: tuple[FederatedStrategy, threading.Event] | None = None
@@ -212,9 +213,10 @@ class Daemon:
         """Whether an agent should go on working on a round."""
         with self._lock:
             active = self._active
-        if active is None or active[0].run.run_id != run_id:
-            return False
-        return active[0].wants(round_number, client)
+        if active is not None and active[0].run.run_id == run_id:
+            return active[0].wants(round_number, client)
+        # A daemon that has just started is still loading the run that its agents are working on.
+        return any(row.id == run_id and row.state in ("queued", "running") for row in self.store.runs())
 
     # -- threads ----------------------------------------------------------------------------------------------------
 
@@ -316,12 +318,13 @@ class Daemon:
     def _prepare(self, job: Job) -> tuple[AdapterSpec, State]:
         """Names, shapes and first values of the job's adapter. The base model is loaded for this and let go again."""
         key = job_digest(job)
-        if key not in self._prepared:
-            from fedpeft.federation.participant import Participant
+        with self._loading:
+            if key not in self._prepared:
+                from fedpeft.federation.participant import Participant
 
-            participant = Participant(job)
-            self._prepared[key] = (participant.spec, participant.initial_state())
-        return self._prepared[key]
+                participant = Participant(job)
+                self._prepared[key] = (participant.spec, participant.initial_state())
+            return self._prepared[key]
 
     def _folder(self, run_id: str) -> Path:
         return self.config.directory / "runs" / run_id

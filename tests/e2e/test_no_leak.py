@@ -1,15 +1,14 @@
 """Nothing leaves the machine that the federation did not send: no telemetry, no update check, no model hub.
 
-Seen from inside and from outside. Inside, an audit hook that is in place before the first line of ours runs writes down
-every target that Python is asked to connect to or to look up. gRPC opens its sockets in C++, which no audit hook sees, so
-the connections of every process are also read from the kernel while the run goes on.
+Seen from inside and from outside. Inside, an audit hook that is in place before the first line of ours runs writes
+down every target that Python is asked to connect to or to look up. gRPC opens its sockets in C++, which no audit hook
+sees, so the connections of every process are also read from the kernel while the run goes on.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import federation as harness
@@ -72,7 +71,7 @@ class Watch:
 
 
 @pytest.fixture
-def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file to which every process that is started from here writes its targets.
 
     The environment is as a user has it: without the variables that forbid the hub.
@@ -87,7 +86,7 @@ def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         return {**variables, "PYTHONPATH": path, "FEDPEFT_TEST_SOCKETS": str(tmp_path / "sockets.txt")}
 
     monkeypatch.setattr(harness, "environment", environment)
-    yield tmp_path / "sockets.txt"
+    return tmp_path / "sockets.txt"
 
 
 def test_a_whole_run_connects_to_loopback_only(sockets, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -15,6 +17,7 @@ from transformers.trainer_utils import set_seed
 from fedpeft.data.records import ClientData
 from fedpeft.data.sources import write_client_folder
 from fedpeft.errors import FedPeftError
+from fedpeft.federation.folder import RunFolder
 from fedpeft.federation.selection import select_clients
 from fedpeft.federation.status import open_run_folder, run_status
 from fedpeft.job.schema import Job
@@ -44,9 +47,8 @@ def job(workload, **sections) -> Job:
     tree = {
         "name": "small",
         "seed": 7,
-        "train": {"local_steps": 3, "batch_size": 8, "learning_rate": 0.01},
+        "train": {"local_steps": 3, "batch_size": 16, "learning_rate": 0.003},
         "aggregation": {"rounds": 2},
-        "evaluation": {"max_examples": 8},
         **workload,
     }
     for name, section in sections.items():
@@ -67,6 +69,9 @@ def table(result: SimulationResult) -> list[dict]:
 # --- the embedded workloads ------------------------------------------------------------------------------------------
 
 
+FEW = {"evaluation": {"max_examples": 8}}
+
+
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory) -> SimulationResult:
     return simulate(job(DIGITS), tmp_path_factory.mktemp("digits") / "run", engine="in-process")
@@ -77,7 +82,7 @@ def test_processes_and_one_process_give_the_same_bytes(tmp_path, workload, digit
     if workload == "digits":
         small, one = job(DIGITS), digits_run
     else:
-        small = job(CODE, train={"local_steps": 2, "batch_size": 4}, aggregation={"rounds": 1})
+        small = job(CODE, train={"local_steps": 2, "batch_size": 4}, aggregation={"rounds": 1}, **FEW)
         one = simulate(small, tmp_path / "one", engine="in-process")
     many = simulate(small, tmp_path / "many", engine="processes")
     assert committed_bytes(many) == committed_bytes(one)
@@ -152,7 +157,9 @@ def test_a_round_asks_those_whom_the_prf_selects(tmp_path, how):
         if event == "round":
             seen[facts["round"]] = tuple(facts["selected"])
 
-    result = simulate(job(DIGITS, **QUICK, clients={"count": 3, **how}), tmp_path / "run", engine="in-process", watch=watch)
+    result = simulate(
+        job(DIGITS, **QUICK, clients={"count": 3, **how}), tmp_path / "run", engine="in-process", watch=watch
+    )
     names = [f"client-{k:02d}" for k in range(3)]
     assert seen == {t: select_clients(names, seed=7, round_number=t, **how) for t in (1, 2, 3)}
     with open_run_folder(result.directory) as store:
@@ -213,9 +220,13 @@ def test_a_run_that_died_is_continued_to_the_same_bytes(tmp_path, event, number,
         assert store.run(result.run_id).state == "finished"
 
 
-def test_a_process_that_dies_right_after_a_commit_leaves_no_hole_in_the_folder(tmp_path, monkeypatch):
-    from fedpeft.federation.folder import RunFolder
+def test_an_error_keeps_its_parts_on_the_way_from_a_worker_process():
+    error = FedPeftError("is wrong", field="train.learning_rate", value=3, hint="mend it")
+    arrived = copy.copy(error)  # by the same protocol as pickling
+    assert (type(arrived), str(arrived), arrived.field) == (FedPeftError, str(error), "train.learning_rate")
 
+
+def test_a_process_that_dies_right_after_a_commit_leaves_no_hole_in_the_folder(tmp_path, monkeypatch):
     small = job(DIGITS, **{**QUICK, "aggregation": {"rule": "mean", "rounds": 1}})
     whole = simulate(small, tmp_path / "whole", engine="in-process")
 
@@ -260,16 +271,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def text_folder(folder: Path, labelled: bool) -> Path:
-    """Two owners with texts in two tongues; ``eve`` has a held-out file, for ``ann`` it is split off."""
+    """Two owners with words of their own, label 1 in capitals; only ``eve`` has a held-out file."""
     words = {"ann": ["rain", "sea", "boat"], "eve": ["sun", "sand", "palm"]}
     draw = random.Random(3)
     for name, own in words.items():
         records = []
-        for _ in range(14):
+        for _ in range(50):
             label = draw.randrange(2)
-            record = {"text": " ".join(draw.choice(own) for _ in range(5)) + (" not" if label else "")}
+            text = " ".join(draw.choice(own) for _ in range(5))
+            record = {"text": text.upper() if label else text}
             records.append({**record, "label": label} if labelled else record)
-        write_client_folder(ClientData(name, tuple(records[:12]), tuple(records[12:])), folder / name)
+        write_client_folder(ClientData(name, tuple(records[:40]), tuple(records[40:])), folder / name)
     (folder / "ann" / "heldout.jsonl").unlink()
     return folder
 
@@ -289,7 +301,7 @@ def test_a_language_model_and_data_from_local_folders(tiny_llama, tmp_path):
     )
     result = simulate(small, tmp_path / "run", engine="in-process")
     assert [row["client"] for row in table(result)] == ["ann", "eve"]
-    assert [row["train_examples"] for row in table(result)][1] >= 12
+    assert [row["train_examples"] for row in table(result)][1] >= 40
     assert result.summary["mean"]["federated"]["loss"] < result.summary["mean"]["base"]["loss"]
     assert "accuracy" not in result.summary["mean"]["base"]
     assert result.summary["bytes"]["up_per_client_round"] < result.summary["bytes"]["down_per_client_round"]
@@ -320,18 +332,14 @@ def test_a_classifier_with_its_head_and_data_from_local_folders(tmp_path):
             },
             "adapter": {"kind": "ffa-lora", "rank": 2, "train_head": True},
         },
-        train={"local_steps": 5, "batch_size": 6, "learning_rate": 0.02},
+        train={"local_steps": 15, "batch_size": 8, "learning_rate": 0.01},
     )
     result = simulate(small, tmp_path / "run", engine="in-process")
-    with open_run_folder(result.directory) as store:
-        names = list(json.loads(store.run(result.run_id).summary and json.dumps(store.run(result.run_id).summary))["mean"])
-    assert names == ["base", "federated", "local", "pooled"]
+    assert set(result.summary["mean"]) == {"base", "local", "federated", "pooled"}
     assert set(result.summary["mean"]["federated"]) == {"loss", "accuracy"}
     assert result.summary["mean"]["federated"]["loss"] < result.summary["mean"]["base"]["loss"]
-    from safetensors.torch import load_file
-
     saved = load_file(result.directory / "adapter" / "adapter_model.safetensors")
-    assert [name for name in saved if "classifier" in name] != []
+    assert any("classifier" in name for name in saved)
     first, last = (load_file(result.directory / "checkpoints" / f"round-000{t}.safetensors") for t in (1, 2))
     head = next(name for name in first if name.endswith("classifier.weight"))
     assert not first[head].equal(last[head])
@@ -339,7 +347,7 @@ def test_a_classifier_with_its_head_and_data_from_local_folders(tmp_path):
 
 def test_a_diverging_job_fails_with_one_error_and_the_store_says_so(tmp_path):
     small = job(DIGITS, **{**QUICK, "train": {"local_steps": 4, "optimizer": "sgd", "learning_rate": 1e30}})
-    with pytest.raises(FedPeftError, match="learning_rate|learning rate"):
+    with pytest.raises(FedPeftError, match=r"learning.rate"):
         simulate(small, tmp_path / "run", engine="in-process")
     with open_run_folder(tmp_path / "run") as store:
         (run,) = store.runs()

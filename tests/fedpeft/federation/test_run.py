@@ -1,4 +1,4 @@
-"""The coordinator's state machine, on a real store: what a round commits, what it refuses, and what survives its death."""
+"""The coordinator's state machine, on a real store: what a round commits, what it refuses, what survives its death."""
 
 from __future__ import annotations
 
@@ -173,11 +173,13 @@ def square_llama():
         return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize(("base", "most"), [("square", 0.51), ("tiny-code-lm", 0.55)])
-def test_ffa_sends_half_of_what_the_plain_mean_sends_headers_included(store, base, most):
+# What does not shrink is the fixed part of the header, some 2 KB: on projections of 128 x 128 at rank 8 it still shows.
+@pytest.mark.parametrize(("base", "rank", "most"), [("square", 16, 0.51), ("tiny-code-lm", 8, 0.53)])
+def test_ffa_sends_half_of_what_the_plain_mean_sends_headers_included(store, base, rank, most):
     sizes = {}
     for kind, rule in (("lora", "mean"), ("ffa-lora", "ffa")):
-        settings = {"adapter": {"kind": kind, "rank": 8, "target_modules": ["q_proj", "o_proj"]}, "aggregation": {"rule": rule}}
+        adapter = {"kind": kind, "rank": rank, "target_modules": ["q_proj", "o_proj"]}
+        settings = {"adapter": adapter, "aggregation": {"rule": rule}}
         if base == "square":
             party = participant(square_llama(), **settings)
         else:
@@ -188,7 +190,6 @@ def test_ffa_sends_half_of_what_the_plain_mean_sends_headers_included(store, bas
         payload = train(party, round_, "ann")
         sizes[kind] = len(payload)
         assert len(payload) > party.spec.payload_bytes("fp32")
-    print(sizes)
     assert sizes["ffa-lora"] <= most * sizes["lora"], sizes
 
 
@@ -292,7 +293,7 @@ def test_the_first_delta_of_a_client_stays(tiny_llama, store):
     for client in ("bob", "eve"):
         deliver(round_, client, forged(party, round_, client, weight=EXAMPLES[client]))
     round_.commit()
-    assert [row.digest for row in store.deltas(RUN, 1)][0] == first.digest
+    assert store.deltas(RUN, 1)[0].digest == first.digest
     with open_store(store.blobs.root.parent.parent / "control") as control:
         other = start(control, party)
         fresh = other.open_round(CLIENTS)

@@ -45,7 +45,14 @@ def section(**settings) -> TrainSection:
 def trained(adapter, data, train_section, *, seed=7, client="a", round_number=1, rounds_total=4, **more):
     """The state after one round, from the adapter's seeded start."""
     result = train_round(
-        adapter, data, train_section, seed=seed, client=client, round_number=round_number, rounds_total=rounds_total, **more
+        adapter,
+        data,
+        train_section,
+        seed=seed,
+        client=client,
+        round_number=round_number,
+        rounds_total=rounds_total,
+        **more,
     )
     return adapter.read(), result
 
@@ -313,6 +320,15 @@ def test_a_loss_that_is_not_finite_is_one_error_that_names_the_learning_rate(tin
     assert not adapter.model.training
 
 
+def test_a_model_without_gradient_checkpointing_is_one_error(tiny_llama):
+    model = tiny_llama()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(FedPeftError) as caught:
+        trained(attached(model), token_blocks(), section(gradient_checkpointing=True))
+    assert caught.value.field == "train.gradient_checkpointing"
+    assert "\n" not in str(caught.value)
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -345,11 +361,17 @@ def test_loss_and_accuracy_of_a_classifier_are_those_counted_by_hand():
     metrics = evaluate(model, data, batch_size=3)
     assert model.training  # restored; and dropout was off, else the figures below would differ
     model.eval()
-    logits = torch.cat([model(**{k: v[i : i + 1] for k, v in blocks.tensors.items() if k != "labels"}).logits for i in range(8)])
-    right = sum(max(range(3), key=lambda c: float(row[c])) == int(label) for row, label in zip(logits, labels, strict=True))
+    logits = torch.cat(
+        [model(**{k: v[i : i + 1] for k, v in blocks.tensors.items() if k != "labels"}).logits for i in range(8)]
+    )
+    right = sum(
+        max(range(3), key=lambda c: float(row[c])) == int(label) for row, label in zip(logits, labels, strict=True)
+    )
     assert metrics["accuracy"] == right / 8
     assert metrics["count"] == 8
-    picked = [-math.log(math.exp(row[y]) / sum(map(math.exp, row))) for row, y in zip(logits.tolist(), labels, strict=True)]
+    picked = [
+        -math.log(math.exp(row[y]) / sum(map(math.exp, row))) for row, y in zip(logits.tolist(), labels, strict=True)
+    ]
     assert metrics["loss"] == pytest.approx(sum(picked) / 8, rel=1e-5)
 
 
