@@ -53,6 +53,10 @@ class DeltaRefused(FedPeftError):
         super().__init__(message, **details)  # type: ignore[arg-type]
         self.code = code
 
+    def __reduce__(self) -> tuple[type, tuple[str, str], dict[str, object]]:
+        """Pickling by :mod:`multiprocessing` calls the class with its arguments, of which ``code`` is one."""
+        return type(self), (self.code, self.message), self.__dict__
+
 
 class IntegrityError(FedPeftError):
     """Stored bytes do not match their recorded hash."""

@@ -82,6 +82,7 @@ def attach(
         config.exclude_modules = _heads(base, required=False) or None  # heads are trained in full or not at all
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
         model = get_peft_model(base, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     config.base_model_name_or_path = base_name
     tensors: dict[str, torch.nn.Parameter] = {}
@@ -108,6 +109,7 @@ def attach(
         seeded=tuple(sorted(seeded, key=lambda s: s.name)),
         pairs=_pairs(model, kind, section.scale),
         peft_config=_plain(config.to_dict()),
+        peft_changes=_changes(config),
         base_fingerprint=fingerprint,
     )
     return AttachedAdapter(model, spec_, ordered)
@@ -193,6 +195,13 @@ def _heads(base: torch.nn.Module, *, required: bool = True) -> list[str]:
             "the base model has no classification head called 'classifier' or 'score'", field="adapter.train_head"
         )
     return heads
+
+
+def _changes(config: Any) -> dict[str, Any]:
+    """What differs from PEFT's defaults for this type of adapter."""
+    defaults = _plain(type(config)().to_dict())
+    plain = _plain(config.to_dict())
+    return {key: value for key, value in plain.items() if key == "peft_type" or defaults.get(key) != value}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

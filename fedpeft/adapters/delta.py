@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
-import math
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,35 +92,61 @@ class PackedFile:
     def chunks(self, name: str, elements: int) -> Iterator[torch.Tensor]:
         """Consecutive one-dimensional pieces of at most ``elements`` numbers.
 
-        Each piece is a view of one buffer that the next piece overwrites.
+        Each piece is a view of one buffer that the next piece overwrites, or the next call in the same thread once
+        this one has ended.
         """
         entry = self._entries[name]
         dtype = TORCH_DTYPE[entry["dtype"]]
         begin, end = entry["data_offsets"]
         size = dtype.itemsize
-        buffer = bytearray(min(elements * size, end - begin))
-        view = memoryview(buffer)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._data_start + begin)
-            left = end - begin
-            while left:
-                want = min(len(buffer), left)
-                _read_exactly(file, view[:want], self.path)
-                yield torch.frombuffer(buffer, dtype=dtype, count=want // size)
-                left -= want
+        if begin == end:
+            return
+        buffer = _borrow(min(elements * size, end - begin))
+        view = memoryview(buffer)[: min(elements * size, end - begin)]
+        try:
+            with io.FileIO(self.path) as file:
+                file.seek(self._data_start + begin)
+                left = end - begin
+                while left:
+                    want = min(len(view), left)
+                    _read_exactly(file, view[:want], self.path)
+                    yield torch.frombuffer(buffer, dtype=dtype, count=want // size)
+                    left -= want
+        finally:
+            _give_back(buffer)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor as float32 in its shape."""
-        shape = self.shape(name)
-        count = math.prod(shape)
-        if not count:
-            return torch.zeros(shape)
-        (whole,) = self.chunks(name, count)
-        return whole.float().reshape(shape) if whole.dtype != torch.float32 else whole.clone().reshape(shape)
+        entry = self._entries[name]
+        whole = torch.empty(self.shape(name), dtype=TORCH_DTYPE[entry["dtype"]])
+        if whole.numel():
+            with io.FileIO(self.path) as file:
+                file.seek(self._data_start + entry["data_offsets"][0])
+                _read_exactly(file, memoryview(whole.view(-1).view(torch.uint8).numpy()), self.path)
+        return whole.float()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor."""
         return {name: self.tensor(name) for name in self.names()}
+
+
+# A fresh buffer costs as much as reading into it: its pages must be zeroed and mapped first. So each thread keeps one.
+_SPARE_BYTES = 1 << 20
+_spare = threading.local()
+
+
+def _borrow(size: int) -> bytearray:
+    """A buffer of at least ``size`` bytes that nobody else has: the thread's spare one if it will do."""
+    buffer: bytearray | None = getattr(_spare, "buffer", None)
+    _spare.buffer = None
+    return buffer if buffer is not None and len(buffer) >= size else bytearray(size)
+
+
+def _give_back(buffer: bytearray) -> None:
+    """Keep it for the next reader in this thread, unless it is too large or a larger one is kept already."""
+    kept: bytearray | None = getattr(_spare, "buffer", None)
+    if len(buffer) <= _SPARE_BYTES and (kept is None or len(kept) < len(buffer)):
+        _spare.buffer = buffer
 
 
 def _read_exactly(file: Any, view: memoryview, path: Path) -> None:

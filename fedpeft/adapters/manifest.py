@@ -15,7 +15,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from fedpeft.adapters.spec import AdapterSpec, SeededSpec, TensorSpec
+from fedpeft.adapters.spec import AdapterSpec, SeededSpec, TensorSpec, short_seeded
 from fedpeft.errors import DeltaRefused
 
 SCHEMA_VERSION = 1
@@ -32,6 +32,8 @@ class Manifest:
         start_state: content address of the global state that training started from.
         metrics: figures of the local training; deterministic ones only, since they are part of the content address.
         ranks: rank per module; one entry ``*`` when all are equal.
+        seeded: regenerated tensors; one entry ``*`` for the A of every pair.
+        peft_config: what differs from PEFT's defaults.
     """
 
     kind: str
@@ -128,9 +130,9 @@ def manifest_for(spec: AdapterSpec, **facts: Any) -> Manifest:
         kind=spec.kind,
         base_fingerprint=spec.base_fingerprint,
         tensors=spec.tensors,
-        seeded=spec.seeded,
+        seeded=short_seeded(spec.seeded),
         ranks=_short({p.module: p.rank for p in spec.pairs}),
-        peft_config=spec.peft_config,
+        peft_config=spec.peft_changes,
         version=__version__,
         **facts,
     )

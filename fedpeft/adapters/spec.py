@@ -10,7 +10,7 @@ is ``scale * B @ A``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 CODEC_BYTES = {"fp32": 4, "bf16": 2}
@@ -38,6 +38,15 @@ class SeededSpec:
     orthonormal: bool
 
 
+def short_seeded(seeded: tuple[SeededSpec, ...]) -> tuple[SeededSpec, ...]:
+    """One entry ``*`` for "the A of every pair", when all were made alike; their shapes follow from rank and base."""
+    kinds = {(s.shape[0], s.orthonormal) for s in seeded}
+    if len(kinds) != 1 or not all(s.name.endswith(".lora_A.weight") for s in seeded):
+        return seeded
+    ((rank, orthonormal),) = kinds
+    return (SeededSpec("*", (rank, 0), "*", orthonormal),)
+
+
 @dataclass(frozen=True)
 class LowRankPair:
     """The two factors of one adapted layer; ``scale`` is alpha/r, or alpha/sqrt(r) when rank-stabilised."""
@@ -60,6 +69,7 @@ class AdapterSpec:
         pairs: the low-rank pairs, for rules and figures that need the product B A.
         peft_config: content of a standard ``adapter_config.json``.
         base_fingerprint: SHA-256 of the base model that the adapter belongs to.
+        peft_changes: what in ``peft_config`` differs from PEFT's defaults; the part that a manifest carries.
     """
 
     kind: str
@@ -68,6 +78,7 @@ class AdapterSpec:
     pairs: tuple[LowRankPair, ...]
     peft_config: dict[str, Any]
     base_fingerprint: str
+    peft_changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ import torch
 
 from fedpeft.adapters.delta import MAX_HEADER_BYTES, PackedFile
 from fedpeft.adapters.manifest import DTYPE_OF_CODEC
-from fedpeft.adapters.spec import CODEC_BYTES, AdapterSpec
+from fedpeft.adapters.spec import CODEC_BYTES, AdapterSpec, short_seeded
 from fedpeft.errors import DeltaRefused
 
 _PIECE = 1 << 16
@@ -72,7 +72,7 @@ def _check_manifest(delta: PackedFile, expected: Expectation) -> None:
             raise DeltaRefused(
                 code, f"does not match the round, which expects {want!r}", field=f"manifest.{name}", value=got
             )
-    wanted = {s.name: (s.shape, s.orthonormal) for s in expected.spec.seeded}
+    wanted = {s.name: (s.shape, s.orthonormal) for s in short_seeded(expected.spec.seeded)}
     if {s.name: (s.shape, s.orthonormal) for s in manifest.seeded} != wanted:
         raise DeltaRefused("seeded", "lists other regenerated tensors than the round", field="manifest.seeded")
     if expected.equal_weights and manifest.weight != 1:

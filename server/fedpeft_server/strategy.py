@@ -282,11 +282,10 @@ class FederatedStrategy(Strategy):
 
     def _say_if_full(self, phase: _Phase, waiting: set[str]) -> None:
         """An agent whose upload finds the disk full tries again by itself; tell the operator what it waits for."""
-        for name in waiting:
-            progress = self.roster.progress(name)
-            here = (self.run.run_id, phase.number, NO_SPACE)
-            if progress and (progress.run_id, progress.round, progress.phase) == here:
-                self.events.once("storage", f"{name} waits: the disk is full; free space, the run goes on by itself")
+        here = (self.run.run_id, phase.number, NO_SPACE)
+        told = (self.roster.progress(name) for name in waiting)
+        if any(p and (p.run_id, p.round, p.phase) == here for p in told):
+            self.events.once("storage", "deltas wait: the disk is full; free space, and the run goes on by itself")
 
     def _hear_out(self, grid: EmbeddedGrid, missing: set[str]) -> None:
         """Take the replies of those who have delivered: an upload is accepted a moment before its reply comes."""

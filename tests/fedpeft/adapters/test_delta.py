@@ -180,3 +180,8 @@ def test_difference_is_what_the_client_added(tmp_path):
     trained = {n: t + 1 for n, t in start.items()}
     assert all(torch.allclose(d, torch.ones_like(d), atol=1e-6) for d in difference(trained, start).values())
     assert PackedFile(written(tmp_path, difference(trained, start))).names() == sorted(start)
+
+
+def test_a_refusal_crosses_process_boundaries_whole():
+    refused = pickle.loads(pickle.dumps(DeltaRefused("shape", "is odd", field="x", value=(1, 2), hint="mend it")))
+    assert (refused.code, str(refused)) == ("shape", "x: is odd (got (1, 2)); mend it")

@@ -59,10 +59,11 @@ def test_help_explains_and_shows_an_example_that_the_parser_takes(path, command)
     assert required <= {word for word in words if word.startswith("--")}
 
 
-def test_every_option_and_argument_is_explained():
+def test_every_option_is_explained():
     for path, command in TREE:
         for parameter in command.params:
-            assert getattr(parameter, "help", None), (path, parameter.name)
+            if isinstance(parameter, click.Option):
+                assert parameter.help, (path, parameter.name)
 
 
 def test_help_loads_nothing_heavy_and_takes_less_than_300_ms_of_processor_time():

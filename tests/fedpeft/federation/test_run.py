@@ -173,8 +173,8 @@ def square_llama():
         return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-# What does not shrink is the fixed part of the header, some 2 KB: on projections of 128 x 128 at rank 8 it still shows.
-@pytest.mark.parametrize(("base", "rank", "most"), [("square", 16, 0.51), ("tiny-code-lm", 8, 0.53)])
+# Whole objects, headers included: also where the tensors are small.
+@pytest.mark.parametrize(("base", "rank", "most"), [("square", 8, 0.51), ("tiny-code-lm", 8, 0.51)])
 def test_ffa_sends_half_of_what_the_plain_mean_sends_headers_included(store, base, rank, most):
     sizes = {}
     for kind, rule in (("lora", "mean"), ("ffa-lora", "ffa")):
