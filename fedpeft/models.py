@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from fedpeft.data.sources import is_local_path
 from fedpeft.errors import FedPeftError, nearest
 
 _FIELD = "model.base"
+_loading = threading.Lock()  # transformers loads through process-global state; two loads at once corrupt each other
 _AUTO_CLASS = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
@@ -81,6 +83,11 @@ def load_base(spec: str, task: str, num_labels: int | None = None) -> LoadedBase
     Raises:
         FedPeftError: the spec names nothing that can be loaded, or the model is not for this task.
     """
+    with _loading:
+        return _load(spec, task, num_labels)
+
+
+def _load(spec: str, task: str, num_labels: int | None) -> LoadedBase:
     if task not in TASKS:
         meant = nearest(task, TASKS)
         raise FedPeftError(

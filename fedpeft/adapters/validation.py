@@ -20,6 +20,7 @@ from fedpeft.adapters.spec import CODEC_BYTES, AdapterSpec, short_seeded
 from fedpeft.errors import DeltaRefused
 
 _PIECE = 1 << 16
+MAX_METRICS = 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ def _check_manifest(delta: PackedFile, expected: Expectation) -> None:
     wanted = {s.name: (s.shape, s.orthonormal) for s in short_seeded(expected.spec.seeded)}
     if {s.name: (s.shape, s.orthonormal) for s in manifest.seeded} != wanted:
         raise DeltaRefused("seeded", "lists other regenerated tensors than the round", field="manifest.seeded")
+    if len(manifest.metrics) > MAX_METRICS:
+        raise DeltaRefused(
+            "metrics", f"holds more than {MAX_METRICS} figures", field="manifest.metrics", value=len(manifest.metrics)
+        )
     if expected.equal_weights and manifest.weight != 1:
         raise DeltaRefused("weight", "must be 1 in this job", field="manifest.weight", value=manifest.weight)
     if not 0 <= manifest.weight <= expected.max_weight:

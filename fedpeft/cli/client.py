@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
-from fedpeft.cli.logs import configure
+from fedpeft.cli.logs import configure, quiet_flower
 from fedpeft.errors import FedPeftError
 
 
@@ -33,6 +33,8 @@ def up(bundle_path: Path, config_path: Path | None, data: str | None, as_json: b
     from fedpeft_client.agent import Agent
     from fedpeft_client.bundle import open_channel
     from fedpeft_client.engine import FleetSession
+
+    quiet_flower()
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -35,11 +35,17 @@ def configure(as_json: bool) -> Any:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
-    # Flower brings a handler of its own, and calls the late reply of a client that missed a deadline an error.
+    for name in ("fedpeft", "fedpeft_server", "fedpeft_client"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    return structlog.get_logger("fedpeft")
+
+
+def quiet_flower() -> None:
+    """Call it after Flower's import, which adds a handler of its own: every line would appear twice.
+
+    Flower also calls the late reply of a client that missed a deadline an error, which it is not.
+    """
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
     flower.propagate = True
     flower.addFilter(lambda record: not record.getMessage().startswith("Failed to store Message reply"))
-    for name in ("fedpeft", "fedpeft_server", "fedpeft_client"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    return structlog.get_logger("fedpeft")

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpeft.cli.logs import configure
+from fedpeft.cli.logs import configure, quiet_flower
 from fedpeft.cli.tables import out
 from fedpeft.errors import FedPeftError
 
@@ -36,6 +36,8 @@ def up(directory: Path, metrics_port: int | None, as_json: bool) -> None:
     config = load_config(directory)
     log = configure(as_json)
     from fedpeft_server.daemon import Daemon
+
+    quiet_flower()
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

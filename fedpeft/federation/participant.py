@@ -81,7 +81,7 @@ class Participant:
         return self.adapter.spec
 
     def initial_state(self) -> State:
-        """The state before round 1: the PEFT folder's that the job names, or the seeded start, which equals the base."""
+        """The state before round 1: that of the job's PEFT folder, or the seeded start, which equals the base."""
         if self.job.adapter.start_from is not None:
             return read_peft_folder(Path(self.job.adapter.start_from).expanduser(), self.spec, self.job.seed)
         return {name: value.clone() for name, value in self._first_values.items()}

@@ -31,11 +31,13 @@ class RoundAuthority:
         self._lock = threading.Lock()
         self._run: FederatedRun | None = None
         self._events: EventLog | None = None
+        self._told: set[tuple[int, str, str]] = set()  # refusals that are in the event log
 
     def open(self, run: FederatedRun | None, events: EventLog | None) -> None:
         """The run whose deltas are accepted from now on; ``None`` for none."""
         with self._lock:
             self._run, self._events = run, events
+            self._told.clear()
 
     def may_upload(self, peer: PeerIdentity, header: UploadHeader) -> None:
         self._roster.admit(peer)
@@ -92,7 +94,9 @@ class RoundAuthority:
 
     def _refused(self, client: str, round_number: int, refusal: DeltaRefused, size: int) -> None:
         self._observe(refusal.code, size)
-        if self._events:
+        told = (round_number, client, refusal.code)
+        if self._events and told not in self._told:  # a peer that repeats itself does not fill the log
+            self._told.add(told)
             self._events.add(
                 "delta-refused", round=round_number, client=client, text=f"{client} refused ({refusal.code}): {refusal}"
             )

@@ -213,8 +213,11 @@ def test_an_unknown_run_is_named(federation):
 
 def test_a_command_without_a_daemon_says_where_it_looked(federation, tmp_path):
     config = init_server(tmp_path / "server", [], free_port())
-    line = one_line(fedpeft("submit", JOB, "--bundle", tmp_path / "server" / "operator.toml", *sets(*SMALL)))
-    assert f"no daemon answers at localhost:{config.port}" in line
+    done = fedpeft("submit", JOB, "--bundle", tmp_path / "server" / "operator.toml", *sets(*SMALL))
+    assert done.returncode == 2
+    waiting, line = done.stderr.splitlines()  # a daemon that has just been started gets a few seconds
+    assert waiting == f"waiting for the daemon at localhost:{config.port}"
+    assert f"error: no daemon answers at localhost:{config.port}" in line
     assert "fedpeft server up" in line
 
 
@@ -520,12 +523,12 @@ class Mallory:
         (self.home / "delta").write_bytes(honest.payload)
         packed = PackedFile(self.home / "delta")
         tensors, manifest = packed.state(), packed.manifest
-        first = min(tensors)
+        first, last = min(tensors), max(tensors)
 
-        def changed(value: float) -> dict[str, torch.Tensor]:
-            spoilt = tensors[first].clone()
+        def changed(name: str, value: float) -> dict[str, torch.Tensor]:
+            spoilt = tensors[name].clone()
             spoilt.view(-1)[-1] = value
-            return {**tensors, first: spoilt}
+            return {**tensors, name: spoilt}
 
         def send(what: str, payload: bytes, **header: Any) -> None:
             header = {"run_id": task.run_id, "round": task.round, "digest": content_address(payload), **header}
@@ -540,9 +543,9 @@ class Mallory:
         send("truncated", honest.payload[:-64])
         send("truncated in its header", honest.payload[:40])
         send("one byte too many", honest.payload + b"\0")
-        send("NaN", pack(changed(float("nan")), manifest))
-        send("infinity", pack(changed(float("-inf")), manifest))
-        send("beyond the bound", pack(changed(65.0), manifest))
+        send("NaN", pack(changed(first, float("nan")), manifest))
+        send("infinity", pack(changed(last, float("-inf")), manifest))
+        send("beyond the bound", pack(changed(first, 65.0), manifest))
         send("wrong shape", pack({**tensors, first: tensors[first].T.contiguous()}, manifest))
         send("extra tensor", pack({**tensors, "zz.extra": torch.zeros(2)}, manifest))
         send("missing tensor", pack(without, manifest))
@@ -726,7 +729,9 @@ def test_a_run_waits_while_the_disk_is_full_and_ends_with_the_right_adapter(smal
         # Space again: the run goes on by itself.
         filler.unlink()
         finishes(federation, run, right)
-        watcher.wait(60)
+        rest = [json.loads(text) for text in watcher.communicate(timeout=60)[0].splitlines()]
+        assert rest[-1]["kind"] == "run-finished"
+        assert sum(e["kind"] == "storage" for e in federation.events(run)) < 10  # said, not repeated without end
         accepted = [(e["round"], e["client"]) for e in federation.events(run) if e["kind"] == "delta-accepted"]
         assert sorted(accepted) == [(r, c) for r in (1, 2, 3) for c in HONEST]
     finally:

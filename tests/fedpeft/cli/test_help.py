@@ -48,6 +48,9 @@ def test_help_explains_and_shows_an_example_that_the_parser_takes(path, command)
     assert example[0] == "fedpeft"
     assert tuple(example[1 : 1 + len(path)]) == path
 
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{' '.join(path)}: {parameter.name} has no help"
+
     # The example's words are parsed by the command that it shows (nothing is run).
     node, words = TREE[0][1], example[1:]
     while getattr(node, "commands", None):
