@@ -17,6 +17,8 @@ from fedpeft_server.events import EventLog
 from fedpeft_server.exchange import UploadHeader
 from fedpeft_server.pki import PeerIdentity
 
+_MOST_TOLD = 50  # refusals of one client in one round that the event log shows; the rest are only counted
+
 
 class RoundAuthority:
     """The exchange's :class:`~fedpeft_server.exchange.Authority`. Thread-safe.
@@ -31,7 +33,7 @@ class RoundAuthority:
         self._lock = threading.Lock()
         self._run: FederatedRun | None = None
         self._events: EventLog | None = None
-        self._told: set[tuple[int, str, str]] = set()  # refusals that are in the event log
+        self._told: dict[tuple[int, str], set[str]] = {}  # refusals that are in the event log, by round and client
 
     def open(self, run: FederatedRun | None, events: EventLog | None) -> None:
         """The run whose deltas are accepted from now on; ``None`` for none."""
@@ -94,12 +96,11 @@ class RoundAuthority:
 
     def _refused(self, client: str, round_number: int, refusal: DeltaRefused, size: int) -> None:
         self._observe(refusal.code, size)
-        told = (round_number, client, refusal.code)
-        if self._events and told not in self._told:  # a peer that repeats itself does not fill the log
-            self._told.add(told)
-            self._events.add(
-                "delta-refused", round=round_number, client=client, text=f"{client} refused ({refusal.code}): {refusal}"
-            )
+        text = f"{client} refused ({refusal.code}): {refusal}"
+        told = self._told.setdefault((round_number, client), set())
+        if self._events and text not in told and len(told) < _MOST_TOLD:
+            told.add(text)
+            self._events.add("delta-refused", round=round_number, client=client, text=text)
 
     def _matching(self, header: UploadHeader, client: str) -> Round:
         with self._lock:
