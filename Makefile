@@ -10,22 +10,22 @@ PYTEST_ARGS ?=
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types unit setup setup-test deploy-demo proto clean
+.PHONY: demo test lint types unit setup setup-test proto clean
 
 demo: setup
-	rm -rf $(OUT)
+	@if [ -e "$(OUT)/ledger.db" ]; then rm -rf "$(OUT)"; fi
 	$(BIN)/fedpeft simulate simulations/jobs/quickstart.toml --out $(OUT)
 
 test: setup-test lint types unit
 
-lint:
+lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types:
+types: setup-test
 	$(BIN)/mypy
 
-unit:
+unit: setup-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Regenerate proto/fedpeft_proto from proto/fedpeft/v1 (needs the dev extra).

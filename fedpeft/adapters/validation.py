@@ -21,6 +21,7 @@ from fedpeft.errors import DeltaRefused
 
 _PIECE = 1 << 16
 MAX_METRICS = 64
+MAX_METRIC_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,21 @@ def _check_manifest(delta: PackedFile, expected: Expectation) -> None:
     wanted = {s.name: (s.shape, s.orthonormal) for s in short_seeded(expected.spec.seeded)}
     if {s.name: (s.shape, s.orthonormal) for s in manifest.seeded} != wanted:
         raise DeltaRefused("seeded", "lists other regenerated tensors than the round", field="manifest.seeded")
+    if any(len(name) > MAX_METRIC_NAME or not name.isprintable() for name in manifest.metrics):
+        raise DeltaRefused("metrics", f"names must be printable and at most {MAX_METRIC_NAME} characters long")
     if len(manifest.metrics) > MAX_METRICS:
         raise DeltaRefused(
             "metrics", f"holds more than {MAX_METRICS} figures", field="manifest.metrics", value=len(manifest.metrics)
         )
     if expected.equal_weights and manifest.weight != 1:
         raise DeltaRefused("weight", "must be 1 in this job", field="manifest.weight", value=manifest.weight)
+    if not expected.equal_weights and manifest.weight != manifest.example_count:
+        raise DeltaRefused(
+            "weight",
+            f"must be the number of examples, {manifest.example_count}",
+            field="manifest.weight",
+            value=manifest.weight,
+        )
     if not 0 <= manifest.weight <= expected.max_weight:
         raise DeltaRefused(
             "weight", f"is outside 0..{expected.max_weight}", field="manifest.weight", value=manifest.weight

@@ -268,6 +268,14 @@ def stop(run: RunId, bundle: OperatorBundle) -> None:
     stop_run(run, bundle)
 
 
+@app.command(epilog="Example: fedpeft resume quickstart-1a2b3c4d")
+def resume(run: RunId, bundle: OperatorBundle) -> None:
+    """Queue a failed or stopped run again; it goes on after its last committed round."""
+    from fedpeft.cli.runs import resume_run
+
+    resume_run(run, bundle)
+
+
 @app.command(epilog="Example: fedpeft fetch quickstart-1a2b3c4d --out results")
 def fetch(
     run: RunId,
@@ -287,7 +295,7 @@ def fetch(
 def verify(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="Run folder.", show_default=False)], json_: Json = False
 ) -> None:
-    """Check a run folder offline: the ledger's hash chain and the content address of every stored object."""
+    """Check a run folder offline: the ledger's hash chain, and checkpoints, adapter and deltas against it."""
     from fedpeft.cli.runs import verify_run
 
     verify_run(run, json_)

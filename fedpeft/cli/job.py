@@ -48,11 +48,13 @@ def print_schema() -> None:
 
 def export_data(path: Path, directory: Path, overrides: list[str], as_json: bool) -> None:
     job = load_job(path, overrides)
+    from fedpeft.bundle import check_name
     from fedpeft.data.sources import write_client_folder
     from fedpeft_simulations.hosts import simulated_clients
 
     written = {}
     for client in simulated_clients(job):
+        check_name(client.name)  # it becomes the name of a folder, and a data set may call its owners anything
         write_client_folder(client, directory / client.name)
         written[client.name] = {"train": len(client.train), "heldout": len(client.heldout)}
     if as_json:

@@ -7,9 +7,11 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.markup import escape
 from rich.table import Table
 
 from fedpeft.cli.tables import bytes_line, err, out, score_table, size
@@ -27,7 +29,9 @@ def submit_job(path: Path, bundle: Path, overrides: list[str], watch: bool, as_j
     from fedpeft_proto.v1 import coordinator_pb2 as pb
 
     with _coordinator(bundle) as (stub, ask):
-        reply = ask(lambda: stub.Submit(pb.SubmitRequest(job_toml=dump_job(job)), timeout=_CALL_S))
+        with err.status("the daemon checks the job against the base model"):
+            # No deadline: the daemon may have to load, or download, the base model.
+            reply = ask(lambda: stub.Submit(pb.SubmitRequest(job_toml=dump_job(job))))
     print(json.dumps({"run_id": reply.run_id}) if as_json else reply.run_id, flush=True)
     if watch:
         watch_run(reply.run_id, bundle, as_json)
@@ -39,6 +43,8 @@ def show_status(run: str | None, bundle: Path | None, as_json: bool) -> None:
 
         with open_run_folder(Path(run)) as store:
             runs = [run_status(store, row.id) for row in store.runs()]
+            if not runs:
+                raise FedPeftError("holds no run", field=run, hint="give a folder that simulate or fetch wrote")
     else:
         if bundle is None:
             raise FedPeftError(
@@ -64,17 +70,25 @@ def show_status(run: str | None, bundle: Path | None, as_json: bool) -> None:
 def watch_run(run: str, bundle: Path, as_json: bool) -> None:
     from fedpeft_proto.v1 import coordinator_pb2 as pb
 
-    kind = ""
+    failed = False
     with _coordinator(bundle) as (stub, ask):
         events = stub.Watch(pb.WatchRequest(run_id=run))
         for event in ask(lambda: _each(events, ask)):
-            kind = event.kind
+            if event.kind in ("run-failed", "run-started"):
+                failed = event.kind == "run-failed"
             if as_json:
-                facts = {"seq": event.seq, "at": event.at, "kind": kind, "round": event.round, "client": event.client}
+                facts = {
+                    "seq": event.seq,
+                    "at": event.at,
+                    "kind": event.kind,
+                    "round": event.round,
+                    "client": event.client,
+                }
                 print(json.dumps({**facts, "text": event.text, "metrics": dict(event.metrics)}), flush=True)
             else:
-                out.print(f"[dim]{event.seq:4d}[/dim] {event.kind:16s} {event.text}", highlight=False, soft_wrap=True)
-    if kind == "run-failed":
+                line = f"[dim]{event.seq:4d}[/dim] {event.kind:16s} {escape(event.text)}"
+                out.print(line, highlight=False, soft_wrap=True)
+    if failed:
         sys.exit(1)
 
 
@@ -83,6 +97,14 @@ def stop_run(run: str, bundle: Path) -> None:
 
     with _coordinator(bundle) as (stub, ask):
         state = ask(lambda: stub.Stop(pb.StopRequest(run_id=run), timeout=_CALL_S)).state
+    out.print(f"{run}: {state}")
+
+
+def resume_run(run: str, bundle: Path) -> None:
+    from fedpeft_proto.v1 import coordinator_pb2 as pb
+
+    with _coordinator(bundle) as (stub, ask):
+        state = ask(lambda: stub.Resume(pb.ResumeRequest(run_id=run), timeout=_CALL_S)).state
     out.print(f"{run}: {state}")
 
 
@@ -118,28 +140,20 @@ def fetch_run(run: str, bundle: Path, directory: Path | None) -> None:
 
 
 def verify_run(directory: Path, as_json: bool) -> None:
-    """Ledger chain, ledger against tables, and the content address of every stored object."""
-    from fedpeft.federation.status import open_run_folder
+    """Ledger chain, ledger against tables, checkpoints, adapter and deltas."""
+    from fedpeft.federation.verify import verify_folder
 
-    facts: dict[str, Any] = {}
-    with open_run_folder(directory) as store:
-        for row in store.runs():
-            entries = store.verify_ledger(row.id)
-            objects = 0
-            for digest in store.blobs.digests():
-                store.blobs.verify(digest)
-                objects += 1
-            facts = {
-                "run_id": row.id,
-                "ledger_entries": entries,
-                "ledger_head": store.ledger_head(row.id),
-                "objects": objects,
-            }
+    found = verify_folder(directory)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(asdict(found), indent=2))
         return
-    out.print(f"{facts['run_id']}: {facts['ledger_entries']} ledger entries and {facts['objects']} objects verify")
-    out.print(f"ledger head {facts['ledger_head']}", soft_wrap=True)
+    checked = ", ".join(f"{count} {kind}" for kind, count in found.checked.items() if count) or "no files"
+    out.print(
+        f"{found.run_id}: {found.ledger_entries} ledger entries verify; {checked} agree with them", soft_wrap=True
+    )
+    if absent := ", ".join(f"{count} {kind}" for kind, count in found.not_checked.items() if count):
+        out.print(f"not checked, because not in this folder: {absent}", soft_wrap=True)
+    out.print(f"ledger head {found.ledger_head}", soft_wrap=True)
 
 
 @contextmanager
@@ -209,14 +223,16 @@ def _print_runs(runs: list[dict[str, Any]]) -> None:
     for column in ("run", "state", "round", "last event"):
         table.add_column(column)
     for run in runs:
-        table.add_row(run["run_id"], run["state"], f"{run['round']}/{run['rounds_total']}", run.get("last_event", ""))
+        table.add_row(
+            run["run_id"], run["state"], f"{run['round']}/{run['rounds_total']}", escape(run.get("last_event", ""))
+        )
     out.print(table if runs else "no runs")
 
 
 def _print_run(run: dict[str, Any]) -> None:
     out.print(f"{run['run_id']}: {run['state']}, round {run['round']} of {run['rounds_total']}", soft_wrap=True)
     if run["error"]:
-        out.print(f"error: {run['error']}", soft_wrap=True)
+        out.print(f"error: {escape(run['error'])}", soft_wrap=True)
     table = Table()
     for column in ("client", "link", "state", "rounds", "refused", "sent", "detail"):
         table.add_column(column, justify="right" if column in ("rounds", "refused", "sent") else "left")
@@ -225,7 +241,7 @@ def _print_run(run: dict[str, Any]) -> None:
         detail = c.get("detail") or c.get("last_refusal", {}).get("reason", "")
         table.add_row(
             c["name"], link, c.get("state", ""), f"{c['delivered']}/{c['selected']}", str(c["refused"]),
-            size(c["bytes_up"]), detail,
+            size(c["bytes_up"]), escape(detail),
         )  # fmt: skip
     out.print(table)
     if run.get("summary") and run["summary"].get("clients"):

@@ -60,6 +60,16 @@ def enroll(directory: Path, names: list[str], bundle: Path | None, valid_days: i
     config = load_config(directory)
     for name in names:
         check_name(name)
+    with config.open_store() as store:
+        for name in names:  # all of them before the first is changed
+            known = store.client_by_name(name)
+            if known is not None and known.revoked_at is None and not renew:
+                raise FedPeftError(
+                    "is enrolled already",
+                    field="NAME",
+                    value=name,
+                    hint="use --renew to replace its keys, or another name",
+                )
     made = [
         _enroll(config, name, bundle or directory / "bundles" / f"{name}.toml", valid_days, renew) for name in names
     ]
@@ -77,11 +87,6 @@ def _enroll(config: ServerConfig, name: str, target: Path, valid_days: int, rene
     from fedpeft.bundle import write_bundle
 
     with config.open_store() as store:
-        known = store.client_by_name(name)
-        if known is not None and known.revoked_at is None and not renew:
-            raise FedPeftError(
-                "is enrolled already", field="NAME", value=name, hint="use --renew to replace its keys, or another name"
-            )
         made = config.authority().issue(name, "client", endpoints=config.endpoints, valid_days=valid_days)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_bundle(made, target)

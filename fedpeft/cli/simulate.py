@@ -69,7 +69,7 @@ def compare_runs(directories: list[Path], as_json: bool) -> None:
 def _read_summary(directory: Path) -> dict[str, Any]:
     try:
         return json.loads((directory / "summary.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         raise FedPeftError(
             "holds no finished run", field=str(directory), hint="give a folder that `fedpeft simulate --out` wrote"
         ) from None

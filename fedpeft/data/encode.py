@@ -74,12 +74,12 @@ def _check_length(base: LoadedBase, max_length: int) -> None:
     if base.tokenizer is None:
         raise FedPeftError("the base model has no tokenizer", field="model.base", hint="text tasks need one")
     if max_length < 2:
-        raise FedPeftError("must be at least 2 tokens", field="train.max_length", value=max_length)
+        raise FedPeftError("must be at least 2 tokens", field="data.max_length", value=max_length)
     positions = getattr(base.model.config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise FedPeftError(
             f"the model has {positions} positions only",
-            field="train.max_length",
+            field="data.max_length",
             value=max_length,
             hint=f"use at most {positions}",
         )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.delta import PackedFile
 from fedpeft.adapters.peft_folder import write_peft_folder
+from fedpeft.errors import FedPeftError
 from fedpeft.job.loading import dump_job
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class RunFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FedPeftError(f"cannot be a run folder: {error.strerror}", field=str(root)) from None
 
     def write_job(self, job: Job) -> None:
         self._replace("job.toml", dump_job(job))

@@ -20,7 +20,7 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,9 +81,13 @@ class FederatedRun:
     def start(
         cls, store: RunStore, run_id: str, job: Job, spec: AdapterSpec, initial_state: Mapping[str, torch.Tensor]
     ) -> FederatedRun:
-        """Start, or continue, a run whose row exists already (a queued job)."""
+        """Start, or continue, a run whose row exists already (a queued job).
+
+        A run whose first round was opened goes on from the state that it began with, whatever ``initial_state`` is now.
+        """
         run = cls(store, run_id, job, spec)
-        run._start_digest = store.blobs.put_bytes(pack_state(spec, initial_state))
+        begun = store.rounds(run_id)
+        run._start_digest = begun[0].start_state if begun else store.blobs.put_bytes(pack_state(spec, initial_state))
         store.set_run_state(run_id, "running")
         return run
 
@@ -133,7 +137,8 @@ class FederatedRun:
                 sample_rate=section.sample_rate,
             )
             self.store.open_round(self.run_id, number, self.state_digest, list(selected))
-        self._round = Round(self, number, tuple(selected), self.state_digest)
+        start = existing.start_state if existing is not None else self.state_digest
+        self._round = Round(self, number, tuple(selected), start)
         return self._round
 
     @property
@@ -198,7 +203,7 @@ class Round:
             spec=self.run.spec,
             codec=self.run.job.adapter.codec,
             max_abs=section.max_abs,
-            max_weight=section.max_total_weight,
+            max_weight=section.max_total_weight // max(1, len(self.selected)),
             equal_weights=section.weights == "equal",
         )
 
@@ -218,8 +223,6 @@ class Round:
         manifest = delta.manifest
         facts = {**manifest.metrics, **(metrics or {})}
         with self._lock:
-            if client not in self._accepted:
-                self._check_total(client, manifest.weight)
             new = self.run.store.accept_delta(
                 self.run.run_id, self.number, client, digest, blobs.size(digest), manifest.weight, facts
             )
@@ -247,6 +250,9 @@ class Round:
                     hint="lower it, raise clients.deadline_s, or bring more clients online",
                 )
             rows = store.deltas(run_id, self.number)
+            for row in rows:  # one that was recorded but could not be folded in at the time, for example on a full disk
+                if row.client not in self._accepted:
+                    self._fold_locked(row.client, PackedFile(store.blobs.path(row.digest)), row.digest, row.weight)
             report: dict[str, Any] = {
                 "round": self.number,
                 "selected": len(self.selected),
@@ -275,20 +281,6 @@ class Round:
                 store.blobs.delete(row.digest)
         return report
 
-    def _check_total(self, client: str, weight: int) -> None:
-        total = sum(w for _, w in self._accepted.values())
-        limit = self.run.job.aggregation.max_total_weight
-        if total + weight > limit:
-            refusal = DeltaRefused(
-                "weight",
-                f"would take the sum of weights beyond aggregation.max_total_weight = {limit}",
-                field="manifest.weight",
-                value=weight,
-                hint="raise the bound in the job file",
-            )
-            self.refuse(client, refusal)
-            raise refusal
-
     def _fold(self, client: str, digest: str, weight: int) -> None:
         with self._lock:
             self._fold_locked(client, PackedFile(self.run.store.blobs.path(digest)), digest, weight)
@@ -303,7 +295,8 @@ def pack_state(spec: AdapterSpec, state: Mapping[str, torch.Tensor]) -> bytes:
     manifest = manifest_for(
         spec, run_id="", round=0, client="", start_state="", codec="fp32", example_count=0, weight=0
     )
-    return pack(state, manifest)
+    # Without the version: another release of fedpeft must find a run's state under the same address.
+    return pack(state, replace(manifest, version=""))
 
 
 def _weighted_loss(rows: Sequence[Any]) -> float | None:

@@ -22,6 +22,7 @@ from fedpeft.store.store import RunStore
 from fedpeft_proto.v1 import coordinator_pb2 as pb
 from fedpeft_proto.v1 import coordinator_pb2_grpc as rpc
 from fedpeft_server.engine import FlowerEngine
+from fedpeft_server.events import printable
 from fedpeft_server.pki import PeerIdentity, peer_identity
 
 log = logging.getLogger(__name__)
@@ -155,14 +156,22 @@ class AgentLinkService(rpc.AgentLinkServicer):
 
     def Announce(self, request: pb.AnnounceRequest, context: grpc.ServicerContext) -> pb.AnnounceReply:
         peer = admitted(context, self._roster, "client")
-        self._roster.announce(peer.name, request.agent_version, dict(request.limits))
+        limits = {printable(k, 64): printable(v, 500) for k, v in list(request.limits.items())[:16]}
+        self._roster.announce(peer.name, printable(request.agent_version, 64), limits)
         return pb.AnnounceReply(server_version=__version__, heartbeat=HEARTBEAT_S)
 
     def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:
         peer = admitted(context, self._roster, "client")
         self._roster.report(
             peer.name,
-            Progress(request.run_id, request.round, request.phase, request.step, request.steps_total, request.loss),
+            Progress(
+                request.run_id,
+                request.round,
+                printable(request.phase, 64),
+                request.step,
+                request.steps_total,
+                request.loss,
+            ),
         )
         return pb.ReportReply(cancel=not self._wanted(request.run_id, request.round, peer.name))
 

@@ -30,6 +30,7 @@ class Jobs(Protocol):
     def status(self, run_id: str | None) -> list[dict[str, Any]]: ...
     def events(self, run_id: str) -> EventLog: ...
     def stop_run(self, run_id: str) -> str: ...
+    def resume_run(self, run_id: str) -> str: ...
     def run_files(self, run_id: str) -> list[tuple[str, Path]]: ...
 
 
@@ -62,6 +63,10 @@ class CoordinatorService(rpc.CoordinatorServicer):
     def Stop(self, request: pb.StopRequest, context: grpc.ServicerContext) -> pb.StopReply:
         self._operator(context)
         return _answer(context, lambda: pb.StopReply(state=self._jobs.stop_run(request.run_id)))
+
+    def Resume(self, request: pb.ResumeRequest, context: grpc.ServicerContext) -> pb.ResumeReply:
+        self._operator(context)
+        return _answer(context, lambda: pb.ResumeReply(state=self._jobs.resume_run(request.run_id)))
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.FileChunk]:
         self._operator(context)

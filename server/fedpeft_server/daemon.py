@@ -7,6 +7,7 @@ start the run that was under way continues in the round in which it was.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import secrets
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 _THREADS = 96
 _SYNC_S = 1.0
+_KEPT_JOBS = 4  # prepared jobs kept in memory
 _STORAGE_RETRY_S = 5.0
 
 
@@ -187,6 +189,15 @@ class Daemon:
         self.events(run_id).add("run-stopped", text="stopped by the operator")
         return "stopped"
 
+    def resume_run(self, run_id: str) -> str:
+        """Queue a failed or stopped run again. Returns its state."""
+        row = self.store.run(self._known(run_id))
+        if row.state in ("failed", "stopped"):
+            self.store.set_run_state(run_id, "queued")
+            self.events(run_id).add("run-queued", text="queued again by the operator")
+            self._wake.set()
+        return self.store.run(run_id).state
+
     def run_files(self, run_id: str) -> list[tuple[str, Path]]:
         """Files of the run folder with their relative names; the ledger is exported into it first."""
         root = self._folder(self._known(run_id))
@@ -323,7 +334,12 @@ class Daemon:
                 from fedpeft.federation.participant import Participant
 
                 participant = Participant(job)
-                self._prepared[key] = (participant.spec, participant.initial_state())
+                prepared = (participant.spec, participant.initial_state())
+                if job.adapter.start_from is not None:
+                    return prepared  # the folder may change
+                self._prepared[key] = prepared
+                while len(self._prepared) > _KEPT_JOBS:
+                    self._prepared.pop(next(iter(self._prepared)))
             return self._prepared[key]
 
     def _folder(self, run_id: str) -> Path:
@@ -339,7 +355,9 @@ def _waits_for_storage(error: Exception) -> bool:
     """Whether a run may go on later, when the disk has space again or the database answers."""
     if isinstance(error, FedPeftError):
         return error.field in ("storage", "state_db")
-    return isinstance(error, OSError | SQLAlchemyError)
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return isinstance(error, SQLAlchemyError)
 
 
 def _probe_address(config: ServerConfig) -> None:

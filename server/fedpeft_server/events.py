@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedpeft.federation.folder import append_line
 
+BEGUN = frozenset({"run-queued", "run-started"})
 FINAL = frozenset({"run-finished", "run-failed", "run-stopped"})
 
 
@@ -48,14 +49,11 @@ class EventLog:
         self._changed = threading.Condition()
         self._events: list[RunEvent] = []
         if path.exists():
-            whole = 0
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    self._events.append(RunEvent(**json.loads(line)))
-                except (ValueError, TypeError):
-                    os.truncate(path, whole)  # the last line was cut off by a crash
-                    break
-                whole += len(line)
+            data = path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(path, whole)  # the last line was cut off by a crash
+            self._events = [event for line in data[:whole].splitlines() if (event := _parse(line))]
         self._saved = len(self._events)
 
     def add(
@@ -67,7 +65,8 @@ class EventLog:
         and written with a later event.
         """
         with self._changed:
-            event = RunEvent(len(self._events) + 1, time.time(), kind, round, client, text, dict(metrics or {}))
+            seq = self._events[-1].seq + 1 if self._events else 1
+            event = RunEvent(seq, time.time(), kind, round, client, printable(text), dict(metrics or {}))
             self._events.append(event)
             try:
                 append_line(self._path, *(json.dumps(asdict(e)) for e in self._events[self._saved :]))
@@ -96,13 +95,36 @@ class EventLog:
         at = from_seq
         while True:
             with self._changed:
-                if len(self._events) <= at:
+                if not self._events or self._events[-1].seq <= at:
+                    if self._ended():
+                        return
                     self._changed.wait(hold_s)
-                fresh = self._events[at:]
+                fresh = [event for event in self._events if event.seq > at]
             if not fresh:
                 yield None
             for event in fresh:
                 at = event.seq
                 yield event
-                if event.kind in FINAL and event.seq == len(self._events):
-                    return
+
+    def _ended(self) -> bool:
+        """Whether the run is over: nothing after its end has taken it up again. Stragglers' events do not count."""
+        for event in reversed(self._events):
+            if event.kind in FINAL:
+                return True
+            if event.kind in BEGUN:
+                return False
+        return False
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """``text`` on one line, without control characters and cut at ``most``: part of it may be a peer's words."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
+
+
+def _parse(line: bytes) -> RunEvent | None:
+    """An event, or ``None`` for a line that cannot be read. Fields of a newer version are left out."""
+    try:
+        facts = json.loads(line)
+        return RunEvent(**{key: value for key, value in facts.items() if key in RunEvent.__dataclass_fields__})
+    except (ValueError, TypeError, AttributeError):
+        return None

@@ -1,7 +1,7 @@
 """Metrics and a status page over plain HTTP, on the loopback interface only.
 
 ``/metrics`` is for Prometheus, ``/`` for a person, ``/status.json`` for a script, ``/ready`` for a supervisor: it
-answers 200 only while the state database can be written. None of them can change anything, and none is reachable from
+answers 200 only while the state can be read. None of them can change anything, and none is reachable from
 outside unless an operator puts a proxy before it.
 """
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +33,7 @@ from fedpeft.job.loading import dump_job
 from fedpeft_proto.v1 import round_pb2 as pb
 from fedpeft_server.agents import Roster
 from fedpeft_server.engine import EmbeddedGrid
-from fedpeft_server.events import EventLog
+from fedpeft_server.events import EventLog, printable
 from fedpeft_server.status_page import Metrics
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ OFFLINE_GRACE_S = 60.0
 EVALUATION_GRACE_S = 30.0  # longer than a restarted agent needs to be back
 HEAR_OUT_S = 2.0
 MAX_CRASHES = 3
+MAX_REASON = 500  # characters of a client's own words that are kept
+MOST_SCORE = 1e12  # sums of such scores stay finite
+SPLIT = "heldout"
+LITTLE_SPACE = 256 << 20
 NO_SPACE = "waiting for space at the server"  # a phase that agents report
 
 
@@ -284,7 +289,8 @@ class FederatedStrategy(Strategy):
         """An agent whose upload finds the disk full tries again by itself; tell the operator what it waits for."""
         here = (self.run.run_id, phase.number, NO_SPACE)
         told = (self.roster.progress(name) for name in waiting)
-        if any(p and (p.run_id, p.round, p.phase) == here for p in told):
+        says_so = any(p and (p.run_id, p.round, p.phase) == here for p in told)
+        if says_so and shutil.disk_usage(self.folder.root).free < LITTLE_SPACE:
             self.events.once("storage", "deltas wait: the disk is full; free space, and the run goes on by itself")
 
     def _hear_out(self, grid: EmbeddedGrid, missing: set[str]) -> None:
@@ -358,22 +364,15 @@ class FederatedStrategy(Strategy):
         if answer.status == pb.RoundReply.DELIVERED:
             ask.retry_at = time.monotonic() + RETRY_S  # asked again only if the exchange did not get it after all
         elif answer.status == pb.RoundReply.EVALUATED:
-            if not all(_scores(e.metrics) for e in answer.evaluations):
-                self._verdict(name, ask, "failed", "sent scores that are no numbers")
+            if [e.split for e in answer.evaluations] != [SPLIT] or not _scores(answer.evaluations[0].metrics):
+                self._verdict(name, ask, "failed", "sent scores that are not what was asked for")
                 return
             ask.answered = True
-            for evaluation in answer.evaluations:
-                self.run.store.record_evaluation(
-                    self.run.run_id, self._phase.number, name, evaluation.split, dict(evaluation.metrics)
-                )
-                self.folder.log("evaluation", round=self._phase.number, client=name, **evaluation.metrics)
-                self.events.add(
-                    "evaluated",
-                    round=self._phase.number,
-                    client=name,
-                    text=f"{name}: held-out loss {evaluation.metrics.get('loss', float('nan')):.4f}",
-                    metrics=dict(evaluation.metrics),
-                )
+            scores = dict(answer.evaluations[0].metrics)
+            self.run.store.record_evaluation(self.run.run_id, self._phase.number, name, SPLIT, scores)
+            self.folder.log("evaluation", round=self._phase.number, client=name, metrics=scores)
+            text = f"{name}: held-out loss {scores['loss']:.4f}"
+            self.events.add("evaluated", round=self._phase.number, client=name, text=text, metrics=scores)
         else:
             self._verdict(name, ask, "declined" if answer.status == pb.RoundReply.DECLINED else "failed", answer.reason)
 
@@ -385,6 +384,7 @@ class FederatedStrategy(Strategy):
                 self._verdict(name, ask, "failed", reply.error.reason or "the agent crashed")
 
     def _verdict(self, name: str, ask: _Ask, verdict: str, reason: str) -> None:
+        reason = printable(reason, MAX_REASON)
         ask.verdict, ask.reason = verdict, reason
         self.events.add(f"client-{verdict}", round=self._phase.number, client=name, text=f"{name} {verdict}: {reason}")
 
@@ -425,7 +425,8 @@ class FederatedStrategy(Strategy):
 
 def _scores(metrics: Mapping[str, float]) -> bool:
     """Whether a participant's figures can stand in a table."""
-    return "loss" in metrics and all(math.isfinite(value) for value in metrics.values())
+    known = metrics.keys() <= {"loss", "accuracy", "count"} and "loss" in metrics
+    return known and all(math.isfinite(value) and abs(value) < MOST_SCORE for value in metrics.values())
 
 
 def failure_text(error: BaseException) -> str:

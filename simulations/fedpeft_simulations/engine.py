@@ -115,6 +115,8 @@ def _open_run(store: RunStore, job: Job, participant: Participant, out: Path) ->
             raise FedPeftError(
                 f"holds this run, {row.state} already", field="--out", value=str(out), hint="choose another folder"
             )
+        if row.state == "failed":
+            store.set_run_state(row.id, "queued")
         return FederatedRun.resume(store, row.id, participant.spec, initial)
     return FederatedRun.create(store, f"{job.name}-{secrets.token_hex(4)}", job, participant.spec, initial)
 
@@ -144,7 +146,7 @@ def _evaluate(
         watch("evaluate", {"client": name, "round": number, **results[name]})
     for name in names:
         run.store.record_evaluation(run.run_id, number, name, "heldout", results[name])
-        folder.log("evaluation", round=number, client=name, **results[name])
+        folder.log("evaluation", round=number, client=name, metrics=results[name])
     return results
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from fedpeft.data.encode import Encoded
 from fedpeft.data.partition import partition
 from fedpeft.data.records import ClientData
 from fedpeft.data.sources import load_source
-from fedpeft.errors import FedPeftError
+from fedpeft.errors import FedPeftError, RunFailed
 from fedpeft.federation.participant import ClientUpdate, Participant
 from fedpeft.job.loading import dump_job, parse_job
 from fedpeft.job.schema import Job
@@ -143,8 +144,16 @@ class HostPool:
 
     def each(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
         keys = {self.pool.submit(_call, method, tuple(args)): key for key, (method, *args) in tasks.items()}
-        for future in as_completed(list(keys)):
-            yield keys.pop(future), future.result()
+        try:
+            for future in as_completed(list(keys)):
+                yield keys.pop(future), future.result()
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a worker process died",
+                field="--engine",
+                value="processes",
+                hint="run the command again to continue; if memory ran out, use --engine in-process",
+            ) from None
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

@@ -121,8 +121,8 @@ def test_the_adapter_survives_a_killed_daemon_and_a_killed_agent(federation, sim
     assert [e["report"]["accepted"] for e in entries] == [4, 4, 4]
 
 
-def test_a_second_run_queues_and_a_stopped_run_keeps_its_rounds(federation):
-    long = federation.submit(JOB, *OVERRIDES, "aggregation.rounds=200", "name=long")
+def test_a_second_run_queues_and_a_stopped_run_keeps_its_rounds_and_can_go_on(federation):
+    long = federation.submit(JOB, *OVERRIDES, "aggregation.rounds=12", "name=long")
     short = federation.submit(JOB, *OVERRIDES, "aggregation.rounds=1", "name=short")
     wait_for("a committed round", lambda: federation.happened(long, "round-committed"), 120)
     assert federation.status(short)["state"] == "queued"
@@ -131,6 +131,10 @@ def test_a_second_run_queues_and_a_stopped_run_keeps_its_rounds(federation):
     assert federation.wait_until_ended(short)["state"] == "finished"
     assert federation.status(long)["round"] >= 1
     assert (federation.server_dir / "runs" / long / "adapter" / WEIGHTS).exists()
+    # A stopped run can be taken up again.
+    ok("resume", long, "--bundle", federation.operator)
+    resumed = federation.wait_until_ended(long)
+    assert (resumed["state"], resumed["round"]) == ("finished", 12)
     listed = ok("status", "--bundle", federation.operator)
     assert long in listed
     assert short in listed

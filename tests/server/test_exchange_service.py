@@ -30,6 +30,7 @@ from fedpeft_server import exchange
 
 MB = 1 << 20
 CHUNK = 64 << 10
+TOO_MANY = ("RESOURCE_EXHAUSTED", "too-many-streams")
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,25 @@ class House:
         return AdapterExchangeStub(self.channel(**metadata))
 
 
+def admit(peer: Caller) -> None:
+    """The daemon asks its roster."""
+    if peer.role == "revoked":
+        raise FedPeftError(f"client {peer.name} was revoked")
+
+
 def start(folder: Path, port: int = 0, **settings: float) -> House:
     blobs, rules = BlobStore(folder), Rules()
     service = exchange.AdapterExchangeService(
         blobs,
         rules,
         identify=identify,
+        admit=admit,
         chunk_bytes=int(settings.get("chunk_bytes", CHUNK)),
         stall_timeout_s=settings.get("stall_timeout_s", 20.0),
         max_streams=int(settings.get("max_streams", 8)),
         turn_timeout_s=settings.get("turn_timeout_s", 5.0),
+        header_timeout_s=settings.get("header_timeout_s", 10.0),
+        keep_partials_s=settings.get("keep_partials_s", 24 * 3600.0),
     )
     server = grpc.server(futures.ThreadPoolExecutor(8), options=[*exchange.SERVER_OPTIONS, ("grpc.so_reuseport", 0)])
     service.add_to(server)
@@ -531,6 +541,178 @@ def test_more_callers_than_turns_all_get_theirs(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert [receipt.accepted for receipt in receipts] == [True] * 8
+    finally:
+        house.server.stop(0)
+        house.service.close()
+
+
+def silent(stub: AdapterExchangeStub, count: int, released: threading.Event) -> list[grpc.Future]:
+    """Uploads that are opened and never say a word."""
+
+    def nothing() -> Iterator[pb.UploadChunk]:
+        released.wait(30)
+        yield from ()
+
+    return [stub.Upload.future(nothing()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("role", ["revoked", "client"])
+def test_silent_calls_of_one_peer_do_not_hold_up_another(tmp_path: Path, role: str) -> None:
+    """Neither their number nor their silence takes a turn; here there is only one."""
+    house = start(tmp_path / "blobs", max_streams=1, header_timeout_s=20.0)
+    released = threading.Event()
+    try:
+        calls = silent(house.stub(name="mallory", role=role), 40, released)
+        data, digest = payload(MB)
+        began = time.monotonic()
+        assert house.client(name="alice").upload(data, "r", 1, digest).accepted
+        house.client(name="alice").download(digest, "r", tmp_path / "state")
+        assert time.monotonic() - began < 3
+        # A peer that is welcome keeps its two streams until their headers are due.
+        count, answer = (40, ("PERMISSION_DENIED", "")) if role == "revoked" else (38, TOO_MANY)
+        while sum(call.done() for call in calls) < count:
+            assert time.monotonic() - began < 15
+            time.sleep(0.02)
+        ended = [call for call in calls if call.done()]
+        answers = [(call.code().name, dict(call.trailing_metadata()).get("fedpeft-code", "")) for call in ended]
+        assert answers == [answer] * count
+        assert house.rules.asked[-1].digest == digest
+    finally:
+        released.set()
+        house.server.stop(0)
+        house.service.close()
+
+
+def test_an_upload_whose_header_does_not_come_is_cut(tmp_path: Path) -> None:
+    house = start(tmp_path / "blobs", header_timeout_s=0.4)
+    released = threading.Event()
+    began = time.monotonic()
+    try:
+        [call] = silent(house.stub(), 1, released)
+        assert call.code() is grpc.StatusCode.CANCELLED
+        assert 0.3 < time.monotonic() - began < 5
+    finally:
+        released.set()
+        house.server.stop(0)
+        house.service.close()
+
+
+def test_a_revoked_peer_neither_probes_nor_fetches(house: House) -> None:
+    data, digest = payload(MB)
+    stub = house.stub(role="revoked")
+    for call in (
+        lambda: stub.Probe(pb.ProbeRequest(digest=digest, run_id="r", round=1, total_bytes=len(data))),
+        lambda: list(stub.Download(pb.DownloadRequest(digest=digest, run_id="r"))),
+    ):
+        with pytest.raises(grpc.RpcError, match="revoked") as caught:
+            call()
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert house.rules.asked == []
+
+
+def test_a_client_with_its_streams_in_use_waits_for_one_to_end(tmp_path: Path) -> None:
+    house = start(tmp_path / "blobs", header_timeout_s=0.8)
+    released = threading.Event()
+    try:
+        silent(house.stub(), 2, released)
+        time.sleep(0.2)
+        data, digest = payload(MB)
+        receipt = house.client().upload(data, "r", 1, digest)
+        assert receipt.accepted
+        assert receipt.attempts > 1
+        assert receipt.sent_bytes == MB
+    finally:
+        released.set()
+        house.server.stop(0)
+        house.service.close()
+
+
+def begin(house: House, seed: int, round: int = 1, **metadata: str) -> str:
+    """All but the last chunk of an upload, which then ends; its digest."""
+    data, digest = payload(4 * CHUNK, seed)
+
+    def cut() -> Iterator[pb.UploadChunk]:
+        for message in messages(data, digest, until=3 * CHUNK):
+            if message.HasField("header"):
+                message.header.round = round
+            yield message
+
+    with pytest.raises(grpc.RpcError) as caught:
+        house.stub(**metadata).Upload(cut())
+    assert caught.value.code() is grpc.StatusCode.ABORTED
+    return digest
+
+
+def parts(house: House) -> set[str]:
+    return {path.stem for path in (house.blobs.root / "partial").iterdir()}
+
+
+def test_a_peer_has_one_unfinished_upload_per_round(house: House) -> None:
+    for seed in range(10):
+        last = begin(house, seed)
+    assert parts(house) == {last}
+    other_round = begin(house, 20, round=2)
+    other_peer = begin(house, 21, name="hospital-b")
+    assert parts(house) == {last, other_round, other_peer}
+    data, digest = payload(4 * CHUNK, 9)
+    assert digest == last
+    assert house.client().upload(data, "r", 1, digest).sent_bytes == CHUNK  # the newest one is still good
+
+
+def test_an_unfinished_upload_that_still_runs_is_cut_by_the_next_one(house: House) -> None:
+    data, first = payload(4 * CHUNK, 1)
+    released = threading.Event()
+
+    def hanging() -> Iterator[pb.UploadChunk]:
+        yield from messages(data, first, until=2 * CHUNK)
+        released.wait(20)
+
+    old = house.stub().Upload.future(hanging())
+    while not parts(house):
+        time.sleep(0.01)
+    try:
+        second = begin(house, 2)
+        assert old.code() is grpc.StatusCode.CANCELLED
+        assert parts(house) == {second}
+    finally:
+        released.set()
+
+
+def test_dropping_ones_own_part_spares_that_of_a_peer_with_the_same_bytes(house: House) -> None:
+    shared = begin(house, 1, name="a")
+    data, _ = payload(4 * CHUNK, 1)
+    with pytest.raises(grpc.RpcError):
+        house.stub(name="b").Upload(messages(data, shared, offset=3 * CHUNK, until=3 * CHUNK))
+    other = begin(house, 2, name="a")
+    assert parts(house) == {shared, other}
+
+
+def test_old_parts_go_at_the_start_and_while_the_service_runs(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path / "blobs")
+    digests = [payload(100, seed)[1] for seed in range(2)]
+    for digest, age_s in zip(digests, (25 * 3600, 3600), strict=True):
+        with blobs.resume(digest, 100) as writer:
+            writer.write(b"x")
+        path = blobs.root / "partial" / f"{digest}.part"
+        os.utime(path, (time.time() - age_s,) * 2)
+
+    def wait_for(house: House, expected: set[str]) -> None:
+        until = time.monotonic() + 5
+        while parts(house) != expected and time.monotonic() < until:
+            time.sleep(0.02)
+        assert parts(house) == expected
+
+    house = start(tmp_path / "blobs")
+    try:
+        wait_for(house, {digests[1]})
+    finally:
+        house.server.stop(0)
+        house.service.close()
+    house = start(tmp_path / "blobs", keep_partials_s=0.5, stall_timeout_s=0.4)
+    try:
+        wait_for(house, set())
+        begin(house, 7)
+        wait_for(house, set())
     finally:
         house.server.stop(0)
         house.service.close()

@@ -73,3 +73,34 @@ def test_what_a_full_disk_did_not_take_is_written_when_there_is_space(tmp_path):
         assert [e.text for e in log.follow(200) if e] == ["199", "z"]
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_straggler_after_the_end_does_not_keep_watchers_waiting(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    for kind in ("run-queued", "run-started", "run-stopped", "delta-accepted"):
+        log.add(kind)
+    assert [e.kind for e in log.follow(0) if e] == ["run-queued", "run-started", "run-stopped", "delta-accepted"]
+    log.add("run-queued")  # taken up again: not over any more
+    assert next(iter(log.follow(5, hold_s=0.01))) is None
+
+
+def test_a_peers_words_cannot_steer_a_terminal(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.add("client-failed", text="a\x1b[2Jb\nc" + "d" * 5000)
+    assert log.last().text.startswith("a [2Jb c")
+    assert len(log.last().text) == 2000
+
+
+def test_an_unreadable_line_in_the_middle_loses_nothing_else(tmp_path):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    for kind in ("run-queued", "run-started", "run-finished"):
+        log.add(kind)
+    lines = path.read_text().splitlines()
+    lines[1] = "garbage"
+    lines[2] = lines[2][:-1] + ', "new_field": 1}'
+    path.write_text("\n".join(lines) + "\n")
+    again = EventLog(path)
+    assert [e.kind for e in again.follow(0) if e] == ["run-queued", "run-finished"]
+    again.add("evaluated")
+    assert again.last().seq == 4

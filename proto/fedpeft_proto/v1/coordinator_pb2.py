@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64peft/v1/coordinator.proto\x12\nfedpeft.v1\"!\n\rSubmitRequest\x12\x10\n\x08job_toml\x18\x01 \x01(\t\"\x1d\n\x0bSubmitReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"/\n\rStatusRequest\x12\x13\n\x06run_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_run_id\"K\n\x0c\x43lientStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0e\n\x06online\x18\x04 \x01(\x08\"\x97\x01\n\tRunStatus\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x14\n\x0crounds_total\x18\x05 \x01(\r\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12)\n\x07\x63lients\x18\x07 \x03(\x0b\x32\x18.fedpeft.v1.ClientStatus\"@\n\x0bStatusReply\x12\x0c\n\x04json\x18\x01 \x01(\t\x12#\n\x04runs\x18\x02 \x03(\x0b\x32\x15.fedpeft.v1.RunStatus\"0\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08\x66rom_seq\x18\x02 \x01(\x04\"\xcc\x01\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\r\n\x05round\x18\x05 \x01(\r\x12\x0e\n\x06\x63lient\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12/\n\x07metrics\x18\x08 \x03(\x0b\x32\x1e.fedpeft.v1.Event.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\x0bStopRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1a\n\tStopReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x1e\n\x0c\x46\x65tchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"K\n\tFileChunk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\"\x10\n\x0e\x43lientsRequest\"\xfa\x01\n\x0e\x45nrolledClient\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06online\x18\x04 \x01(\x08\x12\x13\n\x0b\x65nrolled_at\x18\x05 \x01(\x01\x12\x14\n\x0clast_seen_at\x18\x06 \x01(\x01\x12\x15\n\ragent_version\x18\x07 \x01(\t\x12\x36\n\x06limits\x18\x08 \x03(\x0b\x32&.fedpeft.v1.EnrolledClient.LimitsEntry\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x0c\x43lientsReply\x12+\n\x07\x63lients\x18\x01 \x03(\x0b\x32\x1a.fedpeft.v1.EnrolledClient\"\xba\x01\n\x0f\x41nnounceRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x14\n\x0c\x66lwr_version\x18\x03 \x01(\t\x12\x37\n\x06limits\x18\x04 \x03(\x0b\x32\'.fedpeft.v1.AnnounceRequest.LimitsEntry\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\":\n\rAnnounceReply\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x11\n\theartbeat\x18\x02 \x01(\x01\"n\n\rReportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\x13\n\x0bsteps_total\x18\x05 \x01(\r\x12\x0c\n\x04loss\x18\x06 \x01(\x01\"\x1d\n\x0bReportReply\x12\x0e\n\x06\x63\x61ncel\x18\x01 \x01(\x08\x32\xf6\x02\n\x0b\x43oordinator\x12<\n\x06Submit\x12\x19.fedpeft.v1.SubmitRequest\x1a\x17.fedpeft.v1.SubmitReply\x12<\n\x06Status\x12\x19.fedpeft.v1.StatusRequest\x1a\x17.fedpeft.v1.StatusReply\x12\x36\n\x05Watch\x12\x18.fedpeft.v1.WatchRequest\x1a\x11.fedpeft.v1.Event0\x01\x12\x36\n\x04Stop\x12\x17.fedpeft.v1.StopRequest\x1a\x15.fedpeft.v1.StopReply\x12:\n\x05\x46\x65tch\x12\x18.fedpeft.v1.FetchRequest\x1a\x15.fedpeft.v1.FileChunk0\x01\x12?\n\x07\x43lients\x12\x1a.fedpeft.v1.ClientsRequest\x1a\x18.fedpeft.v1.ClientsReply2\x8d\x01\n\tAgentLink\x12\x42\n\x08\x41nnounce\x12\x1b.fedpeft.v1.AnnounceRequest\x1a\x19.fedpeft.v1.AnnounceReply\x12<\n\x06Report\x12\x19.fedpeft.v1.ReportRequest\x1a\x17.fedpeft.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64peft/v1/coordinator.proto\x12\nfedpeft.v1\"!\n\rSubmitRequest\x12\x10\n\x08job_toml\x18\x01 \x01(\t\"\x1d\n\x0bSubmitReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"/\n\rStatusRequest\x12\x13\n\x06run_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_run_id\"K\n\x0c\x43lientStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0e\n\x06online\x18\x04 \x01(\x08\"\x97\x01\n\tRunStatus\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x14\n\x0crounds_total\x18\x05 \x01(\r\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12)\n\x07\x63lients\x18\x07 \x03(\x0b\x32\x18.fedpeft.v1.ClientStatus\"@\n\x0bStatusReply\x12\x0c\n\x04json\x18\x01 \x01(\t\x12#\n\x04runs\x18\x02 \x03(\x0b\x32\x15.fedpeft.v1.RunStatus\"0\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08\x66rom_seq\x18\x02 \x01(\x04\"\xcc\x01\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12\r\n\x05round\x18\x05 \x01(\r\x12\x0e\n\x06\x63lient\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12/\n\x07metrics\x18\x08 \x03(\x0b\x32\x1e.fedpeft.v1.Event.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1d\n\x0bStopRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1a\n\tStopReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x1f\n\rResumeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1c\n\x0bResumeReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x1e\n\x0c\x46\x65tchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"K\n\tFileChunk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\"\x10\n\x0e\x43lientsRequest\"\xfa\x01\n\x0e\x45nrolledClient\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x0e\n\x06online\x18\x04 \x01(\x08\x12\x13\n\x0b\x65nrolled_at\x18\x05 \x01(\x01\x12\x14\n\x0clast_seen_at\x18\x06 \x01(\x01\x12\x15\n\ragent_version\x18\x07 \x01(\t\x12\x36\n\x06limits\x18\x08 \x03(\x0b\x32&.fedpeft.v1.EnrolledClient.LimitsEntry\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\";\n\x0c\x43lientsReply\x12+\n\x07\x63lients\x18\x01 \x03(\x0b\x32\x1a.fedpeft.v1.EnrolledClient\"\xba\x01\n\x0f\x41nnounceRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x14\n\x0c\x66lwr_version\x18\x03 \x01(\t\x12\x37\n\x06limits\x18\x04 \x03(\x0b\x32\'.fedpeft.v1.AnnounceRequest.LimitsEntry\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\":\n\rAnnounceReply\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x11\n\theartbeat\x18\x02 \x01(\x01\"n\n\rReportRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\x13\n\x0bsteps_total\x18\x05 \x01(\r\x12\x0c\n\x04loss\x18\x06 \x01(\x01\"\x1d\n\x0bReportReply\x12\x0e\n\x06\x63\x61ncel\x18\x01 \x01(\x08\x32\xb4\x03\n\x0b\x43oordinator\x12<\n\x06Submit\x12\x19.fedpeft.v1.SubmitRequest\x1a\x17.fedpeft.v1.SubmitReply\x12<\n\x06Status\x12\x19.fedpeft.v1.StatusRequest\x1a\x17.fedpeft.v1.StatusReply\x12\x36\n\x05Watch\x12\x18.fedpeft.v1.WatchRequest\x1a\x11.fedpeft.v1.Event0\x01\x12\x36\n\x04Stop\x12\x17.fedpeft.v1.StopRequest\x1a\x15.fedpeft.v1.StopReply\x12<\n\x06Resume\x12\x19.fedpeft.v1.ResumeRequest\x1a\x17.fedpeft.v1.ResumeReply\x12:\n\x05\x46\x65tch\x12\x18.fedpeft.v1.FetchRequest\x1a\x15.fedpeft.v1.FileChunk0\x01\x12?\n\x07\x43lients\x12\x1a.fedpeft.v1.ClientsRequest\x1a\x18.fedpeft.v1.ClientsReply2\x8d\x01\n\tAgentLink\x12\x42\n\x08\x41nnounce\x12\x1b.fedpeft.v1.AnnounceRequest\x1a\x19.fedpeft.v1.AnnounceReply\x12<\n\x06Report\x12\x19.fedpeft.v1.ReportRequest\x1a\x17.fedpeft.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -59,30 +59,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPREQUEST']._serialized_end=742
   _globals['_STOPREPLY']._serialized_start=744
   _globals['_STOPREPLY']._serialized_end=770
-  _globals['_FETCHREQUEST']._serialized_start=772
-  _globals['_FETCHREQUEST']._serialized_end=802
-  _globals['_FILECHUNK']._serialized_start=804
-  _globals['_FILECHUNK']._serialized_end=879
-  _globals['_CLIENTSREQUEST']._serialized_start=881
-  _globals['_CLIENTSREQUEST']._serialized_end=897
-  _globals['_ENROLLEDCLIENT']._serialized_start=900
-  _globals['_ENROLLEDCLIENT']._serialized_end=1150
-  _globals['_ENROLLEDCLIENT_LIMITSENTRY']._serialized_start=1105
-  _globals['_ENROLLEDCLIENT_LIMITSENTRY']._serialized_end=1150
-  _globals['_CLIENTSREPLY']._serialized_start=1152
-  _globals['_CLIENTSREPLY']._serialized_end=1211
-  _globals['_ANNOUNCEREQUEST']._serialized_start=1214
-  _globals['_ANNOUNCEREQUEST']._serialized_end=1400
-  _globals['_ANNOUNCEREQUEST_LIMITSENTRY']._serialized_start=1105
-  _globals['_ANNOUNCEREQUEST_LIMITSENTRY']._serialized_end=1150
-  _globals['_ANNOUNCEREPLY']._serialized_start=1402
-  _globals['_ANNOUNCEREPLY']._serialized_end=1460
-  _globals['_REPORTREQUEST']._serialized_start=1462
-  _globals['_REPORTREQUEST']._serialized_end=1572
-  _globals['_REPORTREPLY']._serialized_start=1574
-  _globals['_REPORTREPLY']._serialized_end=1603
-  _globals['_COORDINATOR']._serialized_start=1606
-  _globals['_COORDINATOR']._serialized_end=1980
-  _globals['_AGENTLINK']._serialized_start=1983
-  _globals['_AGENTLINK']._serialized_end=2124
+  _globals['_RESUMEREQUEST']._serialized_start=772
+  _globals['_RESUMEREQUEST']._serialized_end=803
+  _globals['_RESUMEREPLY']._serialized_start=805
+  _globals['_RESUMEREPLY']._serialized_end=833
+  _globals['_FETCHREQUEST']._serialized_start=835
+  _globals['_FETCHREQUEST']._serialized_end=865
+  _globals['_FILECHUNK']._serialized_start=867
+  _globals['_FILECHUNK']._serialized_end=942
+  _globals['_CLIENTSREQUEST']._serialized_start=944
+  _globals['_CLIENTSREQUEST']._serialized_end=960
+  _globals['_ENROLLEDCLIENT']._serialized_start=963
+  _globals['_ENROLLEDCLIENT']._serialized_end=1213
+  _globals['_ENROLLEDCLIENT_LIMITSENTRY']._serialized_start=1168
+  _globals['_ENROLLEDCLIENT_LIMITSENTRY']._serialized_end=1213
+  _globals['_CLIENTSREPLY']._serialized_start=1215
+  _globals['_CLIENTSREPLY']._serialized_end=1274
+  _globals['_ANNOUNCEREQUEST']._serialized_start=1277
+  _globals['_ANNOUNCEREQUEST']._serialized_end=1463
+  _globals['_ANNOUNCEREQUEST_LIMITSENTRY']._serialized_start=1168
+  _globals['_ANNOUNCEREQUEST_LIMITSENTRY']._serialized_end=1213
+  _globals['_ANNOUNCEREPLY']._serialized_start=1465
+  _globals['_ANNOUNCEREPLY']._serialized_end=1523
+  _globals['_REPORTREQUEST']._serialized_start=1525
+  _globals['_REPORTREQUEST']._serialized_end=1635
+  _globals['_REPORTREPLY']._serialized_start=1637
+  _globals['_REPORTREPLY']._serialized_end=1666
+  _globals['_COORDINATOR']._serialized_start=1669
+  _globals['_COORDINATOR']._serialized_end=2105
+  _globals['_AGENTLINK']._serialized_start=2108
+  _globals['_AGENTLINK']._serialized_end=2249
 # @@protoc_insertion_point(module_scope)

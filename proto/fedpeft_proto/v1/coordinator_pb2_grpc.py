@@ -55,6 +55,11 @@ class CoordinatorStub:
                 request_serializer=fedpeft_dot_v1_dot_coordinator__pb2.StopRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_coordinator__pb2.StopReply.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/fedpeft.v1.Coordinator/Resume',
+                request_serializer=fedpeft_dot_v1_dot_coordinator__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_coordinator__pb2.ResumeReply.FromString,
+                _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/fedpeft.v1.Coordinator/Fetch',
                 request_serializer=fedpeft_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
@@ -96,6 +101,13 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Queue a failed or stopped run again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Fetch(self, request, context):
         """The files of a run folder, one after the other.
         """
@@ -131,6 +143,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=fedpeft_dot_v1_dot_coordinator__pb2.StopRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_coordinator__pb2.StopReply.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=fedpeft_dot_v1_dot_coordinator__pb2.ResumeRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_coordinator__pb2.ResumeReply.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
@@ -252,6 +269,33 @@ class Coordinator:
             '/fedpeft.v1.Coordinator/Stop',
             fedpeft_dot_v1_dot_coordinator__pb2.StopRequest.SerializeToString,
             fedpeft_dot_v1_dot_coordinator__pb2.StopReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.Coordinator/Resume',
+            fedpeft_dot_v1_dot_coordinator__pb2.ResumeRequest.SerializeToString,
+            fedpeft_dot_v1_dot_coordinator__pb2.ResumeReply.FromString,
             options,
             channel_credentials,
             insecure,

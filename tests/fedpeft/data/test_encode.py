@@ -88,7 +88,7 @@ def test_images_become_normalised_channels_first(vit: LoadedBase) -> None:
     [
         ([], 64, "there are no examples"),
         ([{"text": ""}], 64, "all texts are empty"),
-        ([{"text": "a"}], 257, "train.max_length: the model has 256 positions only (got 257)"),
+        ([{"text": "a"}], 257, "data.max_length: the model has 256 positions only (got 257)"),
         ([{"text": "a"}], 1, "must be at least 2 tokens"),
         ([{"code": "a"}], 64, "record 0 has no key 'text' (keys: code)"),
         ([{"text": 3}], 64, "'text' of record 0 is no string"),
