@@ -31,7 +31,8 @@ allowed_bases = ["*"]           # patterns for model.base
 max_rank = 64                   # largest adapter rank
 max_rounds_per_day = 10000      # training rounds in one UTC day
 
-# Where this machine keeps a base model that jobs call by another name.
+# Where this machine keeps a base model that jobs call by another name. A job that names a folder is declined unless
+# that name is listed here: the server cannot make the agent look at places of its choice.
 [base_models]
 # "org/model" = "/models/org-model"
 """

@@ -113,7 +113,6 @@ _OBJECT_WAIT_S = 30.0
 _IDENTITY_IN_USE_S = 3 * HEARTBEAT_INTERVAL_S + 15.0
 _IDLE_POLL_S = (0.05, 1.0)
 _BACKOFF_S = (0.1, 3.0)
-_REASON_CHARACTERS = 500
 
 
 class _ServerAway(Exception):
@@ -176,7 +175,7 @@ class FleetSession:
         """Join, answer messages with ``app``, and come back by oneself, until ``stop`` is set.
 
         The app's ``Context.state`` lasts for this session, across runs. An exception of the app becomes an error
-        reply with its reason; the session goes on.
+        reply that names its type only; the session goes on.
 
         Raises:
             FedPeftError: when trying again cannot help; it says what to do.
@@ -364,8 +363,8 @@ class FleetSession:
     def _reason(self, error: BaseException) -> str:
         if self._send_tracebacks:
             return "".join(traceback.format_exception(error))
-        text = str(error) if isinstance(error, FedPeftError) else f"{type(error).__name__}: {error}"
-        return text[:_REASON_CHARACTERS]
+        # The text of an exception may name paths and values of this machine; it is in the agent's own log.
+        return f"the agent failed ({type(error).__name__}); its own log says why"
 
     def _deliver(self, reply: Message, seconds: float, stop: threading.Event) -> None:
         """Send ``reply``, through restarts of the server, until it has arrived or its run is over."""

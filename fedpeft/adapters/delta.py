@@ -122,7 +122,7 @@ class PackedFile:
         if whole.numel():
             with io.FileIO(self.path) as file:
                 file.seek(self._data_start + entry["data_offsets"][0])
-                _read_exactly(file, memoryview(whole.view(-1).view(torch.uint8).numpy()), self.path)
+                _read_exactly(file, whole.view(-1).view(torch.uint8).numpy().data, self.path)
         return whole.float()
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -17,8 +17,10 @@ them: the error is at most ``2^-(f+1)`` for each entry, whatever the number of c
 **How a block is folded.** Adding the constant ``1.5 * 2^(52-f)`` to a float64 makes its last mantissa bit worth 2^-f:
 the addition itself rounds, and the bit pattern read as an integer is a constant (the *magic*) plus q. So a block is
 copied to a float64 buffer, one addition rounds it, and its bits are added to the accumulator as they are. The magic
-piles up modulo 2^64 and is taken out when the sum is read; two's complement makes this exact. The four passes run on
-blocks that fit the core's cache. Integer passes go through numpy, whose int64 loops are vectorised; torch's are not.
+piles up modulo 2^64 and is taken out when the sum is read; two's complement makes this exact. With the extra ``fast``,
+checking, rounding and adding are one compiled pass (:mod:`fedpeft.aggregation.fused`). Without it they are separate
+passes on blocks that fit the core's cache, to the same bits; the integer ones go through numpy, whose int64 loops are
+vectorised; torch's are not.
 """
 
 from __future__ import annotations
@@ -26,19 +28,22 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NoReturn
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fedpeft.aggregation import fused
 from fedpeft.aggregation.protocols import TensorReader
 from fedpeft.errors import DeltaRefused, FedPeftError, IntegrityError
 
 BLOCK = 32_768  # elements: 256 KiB of float64, measured best among 8k..128k (benchmarks/aggregate.py)
+COMMIT_BLOCK = 65_536
 CHUNK = 1 << 18  # elements asked of a reader at once; a reader's buffer is at most 1 MiB
 SUM_BITS = 62  # |sum w q| < 2^62
 TERM_BITS = 50  # |q| <= 2^50, so that 1.5 * 2^52 + q keeps its exponent
@@ -135,13 +140,21 @@ class FixedPointAccumulator:
 
     All methods leave it unchanged when they raise. (If a reader fails a second time while its half-read delta is being
     taken out again, the accumulator declares itself unusable instead of being silently wrong.)
+
+    Args:
+        spec: formats from :func:`plan`.
+        compiled: use compiled loops where there are any. The bits are the same either way.
     """
 
-    def __init__(self, spec: FixedPointSpec):
+    def __init__(self, spec: FixedPointSpec, compiled: bool = True):
         self.spec = spec
+        self.compiled = compiled
         self.total_weight = 0
         self.clients = 0
-        self._sums = {name: np.zeros(tensor.elements, np.int64) for name, tensor in spec.items()}
+        # One allocation for all tensors: large enough for huge pages, which the kernel grants by the 2 MiB.
+        whole = np.zeros(sum(tensor.elements for tensor in spec.values()), np.int64)
+        ends = np.cumsum([tensor.elements for tensor in spec.values()], dtype=np.int64).tolist()
+        self._sums = {n: whole[end - t.elements : end] for (n, t), end in zip(spec.items(), ends, strict=True)}
         self._magic_weight = 0  # how many times each tensor's magic is in its sum
         largest = min(BLOCK, max((t.elements for t in spec.values()), default=0))
         self._float = torch.empty(largest, dtype=torch.float64)
@@ -160,7 +173,7 @@ class FixedPointAccumulator:
         self._check_usable()
         check_weight(weight, self.total_weight, self.spec.max_total_weight)
         check_layout(reader, self.spec)
-        done = [0]  # blocks folded so far
+        done = [0]  # pieces folded so far
         try:
             self._add(reader, weight, done, stop=None)
         except BaseException:
@@ -245,6 +258,16 @@ class FixedPointAccumulator:
         pieces = list(self.mean_chunks(name, max(tensor.elements, 1)))
         return pieces[0].reshape(tensor.shape) if pieces else torch.zeros(tensor.shape, dtype=torch.float64)
 
+    def commit(self, name: str, start: torch.Tensor, new: torch.Tensor) -> None:
+        """``new = float32(float64(start) + mean)``, both 1-D float32 and contiguous. Raises as :meth:`mean_chunks`."""
+        loop = fused.fixed_commit() if self.compiled else None
+        if loop is None or self._unusable or self.total_weight == 0:
+            commit_chunks(self.mean_chunks(name, COMMIT_BLOCK), start, new)
+            return
+        unit = math.ldexp(1.0, -self.spec[name].fraction_bits)
+        weight = float(self.total_weight)
+        loop(self._sums[name], self._magic(name), weight, unit, fused.as_array(start), new.numpy())
+
     def error_bound(self) -> float:
         """Largest absolute error of any entry of :meth:`mean`, over all tensors."""
         return max((self.spec.error_bound(name) for name in self.spec), default=0.0)
@@ -293,33 +316,52 @@ class FixedPointAccumulator:
         return np.int64(raw - 2**64 if raw >= 2**63 else raw)
 
     def _add(self, reader: TensorReader, weight: int, done: list[int], stop: int | None) -> None:
-        """Add ``weight * (magic + q)``, block by block, counting blocks in ``done``; end after ``stop`` of them."""
+        """Add ``weight * (magic + q)``, piece by piece, counting pieces in ``done``; end after ``stop`` of them."""
         for name, tensor in self.spec.items():
-            total, magic = self._sums[name], tensor.magic
-            position = 0
+            total, position = self._sums[name], 0
             for chunk in reader.chunks(name, CHUNK):
                 if position + chunk.numel() > tensor.elements:
                     raise DeltaRefused("shape", "has more elements than its shape says", field=name)
-                for begin in range(0, chunk.numel(), BLOCK):
+                loop = fused.fixed_fold(chunk.dtype) if self.compiled else None
+                step = CHUNK if loop else BLOCK
+                for begin in range(0, chunk.numel(), step):
                     if done[0] == stop:
                         return
-                    piece = chunk[begin : begin + BLOCK]
-                    size = piece.numel()
-                    buffer, bits = self._float[:size], self._bits[:size]
-                    buffer.copy_(piece)
-                    check_block(piece if piece.dtype == torch.float32 else buffer, tensor.max_abs, name)
-                    buffer.add_(magic)
-                    if weight != 1:
-                        np.multiply(bits, weight, out=bits)
-                    part = total[position : position + size]
-                    np.add(part, bits, out=part)
-                    position += size
+                    piece = chunk if chunk.numel() <= step else chunk[begin : begin + step]
+                    part = total[position : position + piece.numel()]
+                    if loop:
+                        self._add_compiled(loop, part, piece, name, weight)
+                    else:
+                        self._add_block(part, piece, name, weight)
+                    position += piece.numel()
                     done[0] += 1
             if position != tensor.elements:
                 raise DeltaRefused("shape", "has fewer elements than its shape says", field=name)
 
+    def _add_compiled(
+        self, loop: Callable[..., int], part: np.ndarray, piece: torch.Tensor, name: str, weight: int
+    ) -> None:
+        """One pass over a piece; what was added before a bad entry is taken out again."""
+        tensor = self.spec[name]
+        values, bound = fused.as_array(piece), fused.float32_bound(tensor.max_abs)
+        added = loop(values, part, bound, tensor.magic, weight)
+        if added < values.size:
+            loop(values[:added], part[:added], bound, tensor.magic, -weight)
+            refuse_piece(piece, BLOCK, tensor.max_abs, name)
+
+    def _add_block(self, part: np.ndarray, piece: torch.Tensor, name: str, weight: int) -> None:
+        """The same in separate passes over a block in the cache."""
+        size = piece.numel()
+        buffer, bits = self._float[:size], self._bits[:size]
+        buffer.copy_(piece)
+        check_block(piece if piece.dtype == torch.float32 else buffer, self.spec[name].max_abs, name)
+        buffer.add_(self.spec[name].magic)
+        if weight != 1:
+            np.multiply(bits, weight, out=bits)
+        np.add(part, bits, out=part)
+
     def _undo(self, reader: TensorReader, weight: int, blocks: int) -> None:
-        """Take ``blocks`` blocks out again. The same values give the same integers, so this is exact."""
+        """Take ``blocks`` pieces out again. The same values give the same integers, so this is exact."""
         undone = [0]
         try:
             self._add(reader, -weight, undone, stop=blocks)
@@ -379,3 +421,22 @@ def check_block(values: torch.Tensor, max_abs: float, name: str) -> None:
             value=worst,
             hint="train with a smaller step, or raise aggregation.max_abs in the job file",
         )
+
+
+def commit_chunks(means: Iterable[torch.Tensor], start: torch.Tensor, new: torch.Tensor) -> None:
+    """``new = float32(float64(start) + mean)`` for 1-D tensors, the mean coming in consecutive float64 pieces."""
+    position = 0
+    for mean in means:
+        end = position + mean.numel()
+        mean.add_(start[position:end])  # float64 + float32: the float32 is widened first, exactly
+        new[position:end].copy_(mean)
+        position = end
+
+
+def refuse_piece(piece: torch.Tensor, block: int, max_abs: float, name: str) -> NoReturn:
+    """Say what is wrong with a piece that a compiled loop refused, in the words of the first bad block."""
+    for values in piece.float().split(block):
+        check_block(values, max_abs, name)
+    raise IntegrityError(
+        "was refused by the compiled loop but passes the check", field=name, hint="set NUMBA_DISABLE_JIT=1"
+    )

@@ -6,7 +6,7 @@ everywhere.
 
 Two accumulators serve it. :class:`~fedpeft.aggregation.fixed_point.FixedPointAccumulator` is the default and the one
 that reproducibility, resumption and exact removal rest on. :class:`FloatAccumulator` is a plain float32 sum: half the
-memory, about twice the speed, and a result whose last bits depend on the order of arrival. It is there for benchmarks,
+memory, more speed, and a result whose last bits depend on the order of arrival. It is there for benchmarks,
 and for runs that need none of those promises.
 """
 
@@ -15,21 +15,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from fedpeft.aggregation import fused
 from fedpeft.aggregation.fixed_point import (
     CHUNK,
+    COMMIT_BLOCK,
     FixedPointAccumulator,
     FixedPointSpec,
     check_block,
     check_layout,
     check_weight,
+    commit_chunks,
+    refuse_piece,
 )
 from fedpeft.aggregation.protocols import TensorReader
 from fedpeft.errors import DeltaRefused, FedPeftError
 
 FLOAT_BLOCK = 131_072  # elements: 512 KiB of float32 and as much of the sum, in the core's cache
-COMMIT_BLOCK = 65_536
 
 
 class Accumulator(Protocol):
@@ -46,6 +50,8 @@ class Accumulator(Protocol):
 
     def mean(self, name: str) -> torch.Tensor: ...
 
+    def commit(self, name: str, start: torch.Tensor, new: torch.Tensor) -> None: ...
+
     def error_bound(self) -> float: ...
 
 
@@ -53,10 +59,15 @@ class FloatAccumulator:
     """A float32 weighted sum: fast, but order dependent and only approximately invertible.
 
     A delta that is refused half-way is subtracted again, which restores the sum up to float32 rounding.
+
+    Args:
+        spec: formats from :func:`fedpeft.aggregation.fixed_point.plan`; only the bounds matter.
+        compiled: use compiled loops where there are any.
     """
 
-    def __init__(self, spec: FixedPointSpec):
+    def __init__(self, spec: FixedPointSpec, compiled: bool = True):
         self.spec = spec
+        self.compiled = compiled
         self.total_weight = 0
         self.clients = 0
         self._sums = {name: torch.zeros(tensor.elements) for name, tensor in spec.items()}
@@ -92,6 +103,14 @@ class FloatAccumulator:
         shape = self.spec[name].shape
         return pieces[0].reshape(shape) if pieces else torch.zeros(shape, dtype=torch.float64)
 
+    def commit(self, name: str, start: torch.Tensor, new: torch.Tensor) -> None:
+        """``new = float32(float64(start) + mean)``, both 1-D float32 and contiguous. Raises as :meth:`mean_chunks`."""
+        loop = fused.float_commit() if self.compiled else None
+        if loop is None or self.total_weight == 0:
+            commit_chunks(self.mean_chunks(name), start, new)
+            return
+        loop(self._sums[name].numpy(), float(self.total_weight), fused.as_array(start), new.numpy())
+
     def error_bound(self) -> float:
         """The standard bound of recursive float32 summation for entries at ``max_abs``; it grows with the folds."""
         return (self._folds + 2) * 2.0**-24 * max((t.max_abs for t in self.spec.values()), default=0.0)
@@ -115,13 +134,24 @@ class FloatAccumulator:
             for chunk in reader.chunks(name, CHUNK):
                 if position + chunk.numel() > tensor.elements:
                     raise DeltaRefused("shape", "has more elements than its shape says", field=name)
-                for piece in chunk.split(FLOAT_BLOCK) if chunk.numel() else ():
+                loop = fused.float_fold(chunk.dtype) if self.compiled else None
+                step = CHUNK if loop else FLOAT_BLOCK
+                for begin in range(0, chunk.numel(), step):
                     if done == stop:
                         return
-                    values = piece if piece.dtype == torch.float32 else piece.float()
-                    check_block(values, tensor.max_abs, name)
-                    total[position : position + values.numel()].add_(values, alpha=weight)
-                    position += values.numel()
+                    piece = chunk if chunk.numel() <= step else chunk[begin : begin + step]
+                    part = total[position : position + piece.numel()]
+                    if loop:
+                        values, bound = fused.as_array(piece), fused.float32_bound(tensor.max_abs)
+                        added = loop(values, part.numpy(), bound, np.float32(weight))
+                        if added < values.size:
+                            loop(values[:added], part[:added].numpy(), bound, np.float32(-weight))
+                            refuse_piece(piece, FLOAT_BLOCK, tensor.max_abs, name)
+                    else:
+                        wide = piece if piece.dtype == torch.float32 else piece.float()
+                        check_block(wide, tensor.max_abs, name)
+                        part.add_(wide, alpha=weight)
+                    position += piece.numel()
                     done += 1
                     yield
             if position != tensor.elements:
@@ -171,11 +201,6 @@ class LinearMean:
         for name, tensor in self.spec.items():
             old = self.start[name].contiguous().reshape(-1)
             new = torch.empty(tensor.elements)
-            position = 0
-            for mean in self.accumulator.mean_chunks(name, COMMIT_BLOCK):
-                end = position + mean.numel()
-                mean.add_(old[position:end])  # float64 + float32: the float32 is widened first, exactly
-                new[position:end].copy_(mean)
-                position = end
+            self.accumulator.commit(name, old, new)
             state[name] = new.reshape(tensor.shape)
         return state

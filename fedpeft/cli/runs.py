@@ -28,10 +28,9 @@ def submit_job(path: Path, bundle: Path, overrides: list[str], watch: bool, as_j
     job = load_job(path, overrides)
     from fedpeft_proto.v1 import coordinator_pb2 as pb
 
-    with _coordinator(bundle) as (stub, ask):
-        with err.status("the daemon checks the job against the base model"):
-            # No deadline: the daemon may have to load, or download, the base model.
-            reply = ask(lambda: stub.Submit(pb.SubmitRequest(job_toml=dump_job(job))))
+    with _coordinator(bundle) as (stub, ask), err.status("the daemon checks the job against the base model"):
+        # No deadline: the daemon may have to load, or download, the base model.
+        reply = ask(lambda: stub.Submit(pb.SubmitRequest(job_toml=dump_job(job))))
     print(json.dumps({"run_id": reply.run_id}) if as_json else reply.run_id, flush=True)
     if watch:
         watch_run(reply.run_id, bundle, as_json)

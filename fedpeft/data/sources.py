@@ -90,6 +90,30 @@ def load_source(spec: str, task: str, cache: bool = True) -> tuple[ClientData, .
     return clients
 
 
+def load_client_data(spec: str, task: str) -> ClientData:
+    """One owner's data: a folder, or ``builtin:SOURCE/CLIENT``.
+
+    Raises:
+        FedPeftError: there is no such data, or it belongs to several owners.
+    """
+    source, _, owner = spec.partition("/") if spec.startswith("builtin:") else (spec, "", "")
+    clients = load_source(source, task)
+    if owner:
+        found = next((c for c in clients if c.name == owner), None)
+        if found is None:
+            names = ", ".join(c.name for c in clients)
+            raise FedPeftError("no such client in the source", field="data", value=spec, hint=f"known: {names}")
+        return found
+    if len(clients) != 1:
+        raise FedPeftError(
+            f"holds the data of {len(clients)} owners",
+            field="data",
+            value=spec,
+            hint="name the folder of one owner, or builtin:SOURCE/CLIENT",
+        )
+    return clients[0]
+
+
 def is_local_path(spec: str) -> bool:
     """Whether ``spec`` means a place on the local disk rather than an id such as ``org/name``."""
     return spec.startswith((".", "~", "/", "\\")) or os.path.isabs(spec) or spec.count("/") > 1 or Path(spec).exists()

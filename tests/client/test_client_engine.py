@@ -147,7 +147,7 @@ def test_telemetry_is_off_in_this_process() -> None:
     assert os.environ["FLWR_DISABLE_UPDATE_CHECK"] == "1"
 
 
-def test_a_traceback_leaves_the_machine_only_when_asked_to(daemon: Daemon) -> None:
+def test_of_an_exception_only_its_type_leaves_the_machine_unless_asked_to(daemon: Daemon) -> None:
     def fail(_: Message) -> None:
         raise ValueError("no data in /home/secret" + "x" * 1000)
 
@@ -161,8 +161,7 @@ def test_a_traceback_leaves_the_machine_only_when_asked_to(daemon: Daemon) -> No
         reason = reply.error.reason or ""
         assert ("Traceback" in reason) is send_tracebacks
         if not send_tracebacks:
-            assert reason.startswith("ValueError: no data in")
-            assert len(reason) == 500
+            assert reason == "the agent failed (ValueError); its own log says why"
 
 
 def test_heartbeats_go_on_while_the_app_is_busy_and_stopping_does_not_wait_for_it(

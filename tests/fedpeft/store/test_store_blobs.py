@@ -308,6 +308,18 @@ def test_prune_takes_old_remains_but_no_upload_in_progress(blobs: BlobStore) -> 
     assert sorted(blobs.digests()) == sorted([digest, sha256(b"new")])
 
 
+def test_a_partial_can_be_dropped_unless_a_writer_is_at_work_on_it(blobs: BlobStore) -> None:
+    digest = sha256(b"old")
+    assert not blobs.drop_partial(digest)
+    with blobs.resume(digest, 3) as writer:
+        writer.write(b"o")
+        assert not blobs.drop_partial(digest)
+    assert blobs.has_partial(digest)
+    assert blobs.drop_partial(digest)
+    assert not blobs.has_partial(digest)
+    assert blobs.resume(digest, 3).offset == 0
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(small_disk: Callable[[int], Path]) -> None:
     blobs = BlobStore(small_disk(256) / "blobs")
     kept = blobs.put_bytes(b"k" * 50_000)
