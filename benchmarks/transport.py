@@ -108,9 +108,7 @@ def serve_ours(folder: Path, tls: bool) -> Iterator[tuple[int, Callable[[int, in
     arrived: list[str] = []
     exchange.bound_heap()
     blobs = BlobStore(folder / "blobs")
-    service = exchange.AdapterExchangeService(
-        blobs, Everyone(), identify=lambda context: pki.peer_identity(context) if tls else Named(context.peer())
-    )
+    service = exchange.AdapterExchangeService(blobs, Everyone(), identify=lambda context: Named(context.peer()))
     server = grpc.server(
         futures.ThreadPoolExecutor(16),
         options=pki.server_options() + exchange.SERVER_OPTIONS,

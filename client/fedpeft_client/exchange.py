@@ -1,7 +1,7 @@
 """The client's side of AdapterExchange: send and fetch objects over lines that break.
 
 Both directions work in attempts. An attempt asks where the last one ended, goes on there, and lasts as long as bytes
-move. When it breaks for a passing reason (the daemon restarts, the line is down, another transfer has its turn), the
+move. When it breaks for a passing reason (the daemon restarts, the line is down, other transfers have their turn), the
 next one follows after a growing pause. What ends the whole is not a time-out but silence: no byte moved and no sign of
 life for ``patience_s``. Reasons that will not pass (not allowed, not what the round expects, disk full at the server)
 end it at once, each with one line.
@@ -55,6 +55,7 @@ _PASSING = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.INTERNAL,  # how gRPC reports a stream that was reset under it
 }
+_ALIVE = {"busy", "too-many-streams"}  # fedpeft-code: the server is alive and will have a turn for us
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 
 Progress = Callable[[int, int], None]
@@ -90,7 +91,7 @@ class ExchangeClient:
     Args:
         channel: to the daemon; it is not closed here.
         chunk_bytes: size of the chunks sent, reduced to what the server takes. On a line slower than
-            ``chunk_bytes`` per the server's stall time-out (1 MiB in 30 s: 35 KB/s), choose smaller ones.
+            ``chunk_bytes`` per the server's stall time-out (256 KiB in 30 s: 9 KB/s), choose smaller ones.
         stall_timeout_s: an attempt in which nothing moved for so long is given up; the next one resumes.
         patience_s: the transfer fails when nothing moved over all attempts for so long.
     """
@@ -338,9 +339,10 @@ class _Attempts:
     def failed(self, error: grpc.RpcError) -> None:
         """Pause, or raise what the user should read."""
         status, reason = error.code(), " ".join((error.details() or "").split())
-        if status not in _PASSING:
+        waits = _refusal_code(error) in _ALIVE
+        if status not in _PASSING and not waits:
             raise _permanent(status, reason, self.what, self.digest) from error
-        if _refusal_code(error) == "busy":  # the server is alive and will have a turn for us
+        if waits:
             self._alive_at = time.monotonic()
         if time.monotonic() - self._alive_at > self.patience_s:
             raise FedPeftError(

@@ -226,24 +226,32 @@ class BlobStore:
         except OSError as error:
             raise storage_error(error, self.root) from error
 
+    def has_partial(self, digest: str) -> bool:
+        """Whether an unfinished upload of ``digest`` lies here."""
+        check_digest(digest)
+        return self._partial_path(digest).exists()
+
+    def drop_partial(self, digest: str) -> bool:
+        """Remove what arrived of an unfinished upload; ``False`` when there is none or a writer is at work on it."""
+        check_digest(digest)
+        path = self._partial_path(digest)
+        try:
+            return _unlink_unused(path)
+        except OSError as error:
+            raise storage_error(error, self.root) from error
+
     def prune(self, older_than_s: float) -> int:
         """Remove the remains of uploads and writes that nobody touched for ``older_than_s`` seconds; how many."""
         limit, removed = time.time() - older_than_s, 0
-        for path in (*self._temporary.iterdir(), *self._partial.iterdir()):
-            try:
-                if path.stat().st_mtime > limit:
-                    continue
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for path in (*self._temporary.iterdir(), *self._partial.iterdir()):
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-                    removed += 1
-                finally:
-                    os.close(fd)
-            except (BlockingIOError, FileNotFoundError):
-                continue
-            except OSError as error:
-                raise storage_error(error, self.root) from error
+                    old = path.stat().st_mtime <= limit
+                except FileNotFoundError:
+                    continue
+                removed += old and _unlink_unused(path)
+        except OSError as error:
+            raise storage_error(error, self.root) from error
         return removed
 
     def _has(self, digest: str, length: int) -> bool:
@@ -469,6 +477,25 @@ def _write_at(fd: int, view: memoryview, offset: int) -> int:
     while written < len(view):
         written += os.pwrite(fd, view[written:], offset + written)
     return written
+
+
+def _unlink_unused(path: Path) -> bool:
+    """Remove a file unless it is gone or a writer holds its lock; whether it was removed."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and lock the file may have been published or made anew: the lock is then on another file.
+        if not os.path.samestat(os.fstat(fd), os.stat(path)):
+            return False
+        path.unlink()
+        return True
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    finally:
+        os.close(fd)
 
 
 def _fsync_folder(path: Path) -> None:

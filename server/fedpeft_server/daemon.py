@@ -82,7 +82,7 @@ class Daemon:
         self._logs: dict[str, EventLog] = {}
         self._active: tuple[FederatedStrategy, threading.Event] | None = None
         self._exchange: AdapterExchangeService[Any] = AdapterExchangeService(
-            self.store.blobs, self.authority, identify=peer_identity
+            self.store.blobs, self.authority, identify=peer_identity, admit=self.roster.admit
         )
         self._server = self._make_server()
         self._page = StatusPage(metrics_port, self.metrics, self.overview) if metrics_port else None

@@ -7,13 +7,19 @@ stays when a stream breaks: the sender probes for the offset and goes on there. 
 stream is cut only when it made no progress for ``stall_timeout_s``, because an hour is fine for a slow line and
 thirty seconds of silence are not.
 
+Turns are scarce, so nobody holds one who has not shown that it needs it: the caller is admitted, its header has come
+and the authority has agreed before it queues for a turn; a header must come within ``header_timeout_s``; and one peer
+has at most ``streams_per_peer`` streams, waiting or moving, so that a peer with many silent calls blocks itself alone.
+Disk is scarce too: a peer has one unfinished object per round, and unfinished objects that nobody touched for
+``keep_partials_s`` are removed.
+
 This module moves bytes and knows nothing of rounds. Who may send what, and whether a complete object is what the round
 expects, is asked of an :class:`Authority` at three moments: before the first byte of an upload, before the first byte
 of a download, and when an object is complete and its hash is right.
 
 Status codes (``docs/transport.md`` has the table for other clients): UNAUTHENTICATED and PERMISSION_DENIED for who,
 INVALID_ARGUMENT and FAILED_PRECONDITION for what, ABORTED and UNAVAILABLE for "probe and try again", DATA_LOSS for
-an object that is not what its name says, RESOURCE_EXHAUSTED for a full disk.
+an object that is not what its name says, RESOURCE_EXHAUSTED for a full disk or too many streams of one peer.
 
 Generated message classes copy each chunk twice in either direction; :mod:`fedpeft_proto.framing` does without, which is
 why :meth:`AdapterExchangeService.add_to` registers handlers of its own instead of the generated servicer.
@@ -54,6 +60,9 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 """Options for the ``grpc.server`` that hosts the service, beside those of security and keep-alive."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
+
+_PRUNE_EVERY_S = 3600.0
+_HANG_UP_CHECK_S = 1.0
 
 T = TypeVar("T")
 
@@ -125,17 +134,27 @@ class Authority(Protocol[P_contra]):
 
 
 class _Stream:
-    """One transfer in progress: what the watchdog looks at, and what a successor of the same peer cancels."""
+    """One call, waiting or in progress: what the watchdog looks at, and what a successor of the same peer cancels."""
 
-    def __init__(self, context: grpc.ServicerContext, peer: str, digest: str):
-        self.context, self.peer, self.digest = context, peer, digest
+    def __init__(self, context: grpc.ServicerContext, peer: str):
+        self.context, self.peer, self.digest = context, peer, ""
+        self.has_turn = False
         self.moved_at = time.monotonic()
-        self.watched = True  # False while the server itself is at work (accept), which is no stall of the peer
+        self.limit_s = 0.0
+        self.watched = False  # False while the server itself is at work (turns, accept), which is no stall of the peer
         self.stalled = False
         self.done = threading.Event()
 
+    def watch(self, limit_s: float) -> None:
+        """From now on the peer is cut when it does not move for ``limit_s``."""
+        self.moved_at, self.limit_s = time.monotonic(), limit_s
+        self.watched = True
+
     def moved(self) -> None:
         self.moved_at = time.monotonic()
+
+    def late(self, now: float) -> bool:
+        return self.watched and now - self.moved_at > self.limit_s
 
 
 class AdapterExchangeService(Generic[P]):
@@ -145,12 +164,21 @@ class AdapterExchangeService(Generic[P]):
         blobs: where objects live.
         authority: who may do what; see :class:`Authority`.
         identify: the caller of a context; raises FedPeftError (UNAUTHENTICATED) when it is nobody.
-        chunk_bytes: largest chunk taken, and the size of those sent. Memory per stream is two of them.
+        admit: asked right after ``identify`` on every call; raises FedPeftError (PERMISSION_DENIED) for a caller that
+            is known and not welcome, e.g. revoked. Without it, everybody with an identity gets as far as the authority.
+        chunk_bytes: largest chunk taken, and the size of those sent. Memory per stream is two of them; beside that,
+            gRPC keeps a read buffer for every connection that ever uploaded, sized by the chunks that came. Hence
+            half a megabyte: as fast as a megabyte, and a third of its memory at 64 clients.
         stall_timeout_s: a stream that moved no chunk for so long is cut (CANCELLED); the partial upload is kept.
         max_streams: transfers at the same time. More callers wait their turn, so memory does not grow with clients.
             Raise it where many slow lines should be served side by side, at two chunks of memory each.
         turn_timeout_s: how long a caller waits for its turn before it is told UNAVAILABLE, code ``busy``: alive, but
             ask again.
+        header_timeout_s: an upload whose header has not come by then is cut (CANCELLED).
+        streams_per_peer: transfers of one peer at a time, waiting ones included; more are refused at once with
+            RESOURCE_EXHAUSTED, code ``too-many-streams``. Two, so that a peer whose connection died can come again
+            before the server has noticed.
+        keep_partials_s: unfinished uploads that nobody touched for so long are removed, at the start and hourly.
     """
 
     def __init__(
@@ -159,18 +187,24 @@ class AdapterExchangeService(Generic[P]):
         authority: Authority[P],
         *,
         identify: Callable[[grpc.ServicerContext], P],
-        chunk_bytes: int = 1 << 20,
+        admit: Callable[[P], None] | None = None,
+        chunk_bytes: int = 256 << 10,
         stall_timeout_s: float = 30.0,
         max_streams: int = 8,
         turn_timeout_s: float = 10.0,
+        header_timeout_s: float = 10.0,
+        streams_per_peer: int = 2,
+        keep_partials_s: float = 24 * 3600.0,
     ):
-        self.blobs, self.authority, self.identify = blobs, authority, identify
+        self.blobs, self.authority, self.identify, self.admit = blobs, authority, identify, admit
         self.chunk_bytes, self.stall_timeout_s, self.turn_timeout_s = chunk_bytes, stall_timeout_s, turn_timeout_s
-        self.max_streams = max_streams
+        self.max_streams, self.streams_per_peer = max_streams, streams_per_peer
+        self.header_timeout_s, self.keep_partials_s = header_timeout_s, keep_partials_s
         self._turns = threading.BoundedSemaphore(max_streams)
         self._lock = threading.Lock()
         self._streams: set[_Stream] = set()
         self._uploads: dict[str, _Stream] = {}  # digest -> the upload that works on it, until its receipt is decided
+        self._partials: dict[tuple[str, str, int], str] = {}  # (peer, run, round) -> the digest of its one partial
         self._closed = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="exchange-watchdog", daemon=True)
         self._watchdog.start()
@@ -212,7 +246,7 @@ class AdapterExchangeService(Generic[P]):
     def active_streams(self) -> int:
         """Transfers that hold a turn now."""
         with self._lock:
-            return len(self._streams)
+            return sum(stream.has_turn for stream in self._streams)
 
     def close(self) -> None:
         """Cut what still runs and stop the watchdog; partial uploads stay. Call it after ``server.stop``."""
@@ -244,19 +278,22 @@ class AdapterExchangeService(Generic[P]):
 
     def _upload(self, messages: Iterator[Chunk | pb.UploadChunk], context: grpc.ServicerContext) -> pb.UploadReceipt:
         peer = self._who(context)
-        with self._turn(context, peer.name) as stream:
+        with self._stream(context, peer.name) as stream:
             try:
+                stream.watch(self.header_timeout_s)
                 first = next(messages, None)
+                stream.watched = False
                 if not isinstance(first, pb.UploadChunk) or not first.HasField("header"):
                     _abort(context, grpc.StatusCode.INVALID_ARGUMENT, "the first message of an upload carries a header")
                 header = self._header(first.header, context)
                 stream.digest = header.digest
                 self._ask(context, lambda: self.authority.may_upload(peer, header))
-                with self._only_upload(stream, context):
+                with self._turn(stream), self._only_upload(stream, context):
                     return self._receive(messages, context, stream, peer, header)
             except grpc.RpcError:  # the peer hung up, or the watchdog cut the stream: there is nobody to answer
-                reason = f"no progress for {self.stall_timeout_s:g} s" if stream.stalled else "the stream broke off"
-                log.info("upload %s of %s ended: %s; the partial is kept", stream.digest[:12], peer.name, reason)
+                reason = f"no progress for {stream.limit_s:g} s" if stream.stalled else "the stream broke off"
+                what = f"upload {stream.digest[:12]}" if stream.digest else "an upload without a header"
+                log.info("%s of %s ended: %s; a partial is kept", what, peer.name, reason)
                 return pb.UploadReceipt()
 
     def _receive(
@@ -275,6 +312,8 @@ class AdapterExchangeService(Generic[P]):
                     grpc.StatusCode.ABORTED,
                     f"this upload goes on at byte {writer.offset}, not {header.offset}; probe again",
                 )
+            if not was_here:
+                self._only_partial(stream, header)
             while True:
                 message = next(messages, None)
                 if message is None:
@@ -305,6 +344,7 @@ class AdapterExchangeService(Generic[P]):
                 )
             stream.watched = False
             self._ask(context, writer.finish)
+        self._forget_partial(peer.name, header)
         try:
             note = self.authority.accept(peer, header, self.blobs.path(header.digest))
         except DeltaRefused as error:
@@ -318,37 +358,46 @@ class AdapterExchangeService(Generic[P]):
 
     def _download(self, request: pb.DownloadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         peer = self._who(context)
-        digest = self._ask(context, lambda: check_digest(request.digest), otherwise=grpc.StatusCode.INVALID_ARGUMENT)
-        self._ask(context, lambda: self.authority.may_download(peer, digest, request.run_id))
-        with self._turn(context, peer.name) as stream:
+        with self._stream(context, peer.name) as stream:
+            digest = self._ask(
+                context, lambda: check_digest(request.digest), otherwise=grpc.StatusCode.INVALID_ARGUMENT
+            )
             stream.digest = digest
-            file = self._ask(context, lambda: self.blobs.open(digest), otherwise=grpc.StatusCode.NOT_FOUND)
-            with file:
-                total, at = os.fstat(file.fileno()).st_size, request.offset
-                if at > total:
-                    _abort(
-                        context,
-                        grpc.StatusCode.OUT_OF_RANGE,
-                        f"offset {at} is beyond the object's {total} bytes; start over",
-                    )
-                yield pb.DownloadChunk(total_bytes=total).SerializeToString()
-                while at < total:
-                    # gRPC comes back for the next chunk when the last has passed flow control, hence this is progress.
-                    stream.moved()
-                    data = os.pread(file.fileno(), self.chunk_bytes, at)
-                    if not data:
-                        _abort(context, grpc.StatusCode.DATA_LOSS, f"the stored object ends at byte {at} of {total}")
-                    at += len(data)
-                    frame = encode_chunk(data)
-                    # One copy waits here and one in gRPC; what is no longer needed must not wait with them.
-                    del data
-                    yield frame
-                    del frame
+            self._ask(context, lambda: self.authority.may_download(peer, digest, request.run_id))
+            with self._turn(stream):
+                yield from self._send(context, stream, digest, request.offset)
+
+    def _send(self, context: grpc.ServicerContext, stream: _Stream, digest: str, offset: int) -> Iterator[bytes]:
+        file = self._ask(context, lambda: self.blobs.open(digest), otherwise=grpc.StatusCode.NOT_FOUND)
+        with file:
+            total, at = os.fstat(file.fileno()).st_size, offset
+            if at > total:
+                _abort(
+                    context,
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"offset {at} is beyond the object's {total} bytes; start over",
+                )
+            yield pb.DownloadChunk(total_bytes=total).SerializeToString()
+            while at < total:
+                # gRPC comes back for the next chunk when the last has passed flow control, hence this is progress.
+                stream.moved()
+                data = os.pread(file.fileno(), self.chunk_bytes, at)
+                if not data:
+                    _abort(context, grpc.StatusCode.DATA_LOSS, f"the stored object ends at byte {at} of {total}")
+                at += len(data)
+                frame = encode_chunk(data)
+                # One copy waits here and one in gRPC; what is no longer needed must not wait with them.
+                del data
+                yield frame
+                del frame
 
     # -- rules -----------------------------------------------------------------------------------------------------
 
     def _who(self, context: grpc.ServicerContext) -> P:
-        return self._ask(context, lambda: self.identify(context), otherwise=grpc.StatusCode.UNAUTHENTICATED)
+        peer = self._ask(context, lambda: self.identify(context), otherwise=grpc.StatusCode.UNAUTHENTICATED)
+        if (admit := self.admit) is not None:
+            self._ask(context, lambda: admit(peer))
+        return peer
 
     def _ask(
         self,
@@ -390,24 +439,46 @@ class AdapterExchangeService(Generic[P]):
         return self._ask(context, lambda: self.blobs.resume(header.digest, header.total_bytes))
 
     @contextmanager
-    def _turn(self, context: grpc.ServicerContext, peer: str) -> Iterator[_Stream]:
-        """Hold one of the ``max_streams`` turns and be watched for progress."""
-        if not self._turns.acquire(timeout=self.turn_timeout_s):
+    def _stream(self, context: grpc.ServicerContext, peer: str) -> Iterator[_Stream]:
+        """Be one of the few streams that a peer may have."""
+        stream = _Stream(context, peer)
+        with self._lock:
+            if free := sum(other.peer == peer for other in self._streams) < self.streams_per_peer:
+                self._streams.add(stream)
+        if not free:
             _abort(
                 context,
-                grpc.StatusCode.UNAVAILABLE,
-                f"all {self.max_streams} transfers are in use; try again",
-                code="busy",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{peer} has {self.streams_per_peer} transfers already; try again when one has ended",
+                code="too-many-streams",
             )
-        stream = _Stream(context, peer, "")
-        with self._lock:
-            self._streams.add(stream)
         try:
             yield stream
         finally:
             with self._lock:
                 self._streams.discard(stream)
             stream.done.set()
+
+    @contextmanager
+    def _turn(self, stream: _Stream) -> Iterator[None]:
+        """Hold one of the ``max_streams`` turns and be watched for progress."""
+        deadline = time.monotonic() + self.turn_timeout_s
+        while not self._turns.acquire(timeout=max(0.0, min(_HANG_UP_CHECK_S, deadline - time.monotonic()))):
+            if not stream.context.is_active():  # its thread is needed for those who still wait
+                _abort(stream.context, grpc.StatusCode.CANCELLED, "hung up while it waited for its turn")
+            if time.monotonic() >= deadline:
+                _abort(
+                    stream.context,
+                    grpc.StatusCode.UNAVAILABLE,
+                    f"all {self.max_streams} transfers are in use; try again",
+                    code="busy",
+                )
+        stream.has_turn = True
+        stream.watch(self.stall_timeout_s)
+        try:
+            yield
+        finally:
+            stream.watched = stream.has_turn = False
             self._turns.release()
 
     @contextmanager
@@ -429,23 +500,80 @@ class AdapterExchangeService(Generic[P]):
             with self._lock:
                 self._uploads.pop(stream.digest, None)
 
-    def _supersede(self, peer: str, digest: str) -> None:
+    def _supersede(self, peer: str, digest: str) -> bool:
+        """End an older upload of ``digest`` by the same peer; ``False`` when one is still there."""
         with self._lock:
             old = self._uploads.get(digest)
-        if old is not None and old.peer == peer:
-            if old.watched:
-                old.context.cancel()
-            old.done.wait(self.turn_timeout_s)
+        if old is None or old.peer != peer:
+            return True
+        if old.watched:
+            old.context.cancel()
+        return old.done.wait(self.turn_timeout_s)
+
+    def _only_partial(self, stream: _Stream, header: UploadHeader) -> None:
+        """Drop what this peer left unfinished under another digest for the same round.
+
+        An honest client has one delta per round. One that announces many and finishes none would fill the disk. What
+        was left before a restart of the server is not known here; it goes with its age.
+        """
+        key = (stream.peer, header.run_id, header.round)
+        with self._lock:
+            older = self._partials.get(key, header.digest)
+            self._partials[key] = header.digest
+            shared = older in self._partials.values()  # another peer sends the same bytes and wants to go on with them
+        if older == header.digest:
+            return
+        if not self._supersede(stream.peer, older):
+            with self._lock:
+                self._partials[key] = older  # or it would be nobody's
+            _abort(
+                stream.context,
+                grpc.StatusCode.ABORTED,
+                f"another upload of {stream.peer} for this round is being decided; probe again",
+            )
+        if not shared:
+            stream.watched = False
+            dropped = self._ask(stream.context, lambda: self.blobs.drop_partial(older))
+            stream.watch(self.stall_timeout_s)
+            if dropped:
+                log.info("%s began another upload for round %d: dropped %s", stream.peer, header.round, older[:12])
+
+    def _forget_partial(self, peer: str, header: UploadHeader) -> None:
+        key = (peer, header.run_id, header.round)
+        with self._lock:
+            if self._partials.get(key) == header.digest:
+                del self._partials[key]
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.stall_timeout_s / 4)):
-            limit = time.monotonic() - self.stall_timeout_s
+        prune_at = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= prune_at:
+                self._prune()
+                prune_at = now + min(_PRUNE_EVERY_S, self.keep_partials_s)
+            if self._closed.wait(min(1.0, self.stall_timeout_s / 4, self.header_timeout_s / 4)):
+                return
+            now = time.monotonic()
             with self._lock:
-                late = [stream for stream in self._streams if stream.watched and stream.moved_at < limit]
+                late = [stream for stream in self._streams if stream.late(now)]
             for stream in late:
                 stream.stalled = True
-                log.warning("cut %s, %s: no progress for %g s", stream.peer, stream.digest[:12], self.stall_timeout_s)
+                log.warning("cut %s, %s: no progress for %g s", stream.peer, stream.digest[:12], stream.limit_s)
                 stream.context.cancel()
+
+    def _prune(self) -> None:
+        try:
+            if removed := self.blobs.prune(self.keep_partials_s):
+                log.info("removed %d unfinished uploads older than %g s", removed, self.keep_partials_s)
+            with self._lock:
+                known = list(self._partials.items())
+            gone = [entry for entry in known if not self.blobs.has_partial(entry[1])]
+            with self._lock:
+                for key, digest in gone:
+                    if self._partials.get(key) == digest and digest not in self._uploads:
+                        del self._partials[key]
+        except (FedPeftError, OSError) as error:  # the watchdog must outlive a disk that fails
+            log.warning("unfinished uploads were not removed: %s", error)
 
 
 def _receipt(header: UploadHeader, status: pb.UploadReceipt.Status, code: str, reason: str) -> pb.UploadReceipt:

@@ -614,13 +614,14 @@ def test_a_client_with_its_streams_in_use_waits_for_one_to_end(tmp_path: Path) -
     house = start(tmp_path / "blobs", header_timeout_s=0.8)
     released = threading.Event()
     try:
-        silent(house.stub(), 2, released)
+        calls = silent(house.stub(), 2, released)
         time.sleep(0.2)
         data, digest = payload(MB)
         receipt = house.client().upload(data, "r", 1, digest)
         assert receipt.accepted
         assert receipt.attempts > 1
         assert receipt.sent_bytes == MB
+        assert {call.code() for call in calls} == {grpc.StatusCode.CANCELLED}
     finally:
         released.set()
         house.server.stop(0)
