@@ -5,6 +5,7 @@ A simulation has four columns (base, local, federated, pooled); a deployment has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from fedpeft.federation.run import FederatedRun
 
 COLUMNS = ("base", "local", "federated", "pooled")
+MOST_SCORE = 1e12  # sums of such scores stay finite
 Scores = Mapping[str, Mapping[str, float]]
 
 
@@ -50,3 +52,9 @@ def summarise(run: FederatedRun, scores: Mapping[str, Scores], train_examples: M
         "privacy": "none: this run carries no formal privacy guarantee",
         "state": run.state_digest,
     }
+
+
+def are_scores(metrics: Mapping[str, float]) -> bool:
+    """Whether figures that a participant sent can stand in a table."""
+    known = metrics.keys() <= {"loss", "accuracy", "count"} and "loss" in metrics
+    return known and all(math.isfinite(value) and abs(value) < MOST_SCORE for value in metrics.values())

@@ -12,7 +12,6 @@ adapter exchange.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import threading
 import time
@@ -28,7 +27,7 @@ from google.protobuf.message import DecodeError
 from fedpeft.errors import FedPeftError, RunFailed
 from fedpeft.federation.folder import RunFolder
 from fedpeft.federation.run import FederatedRun
-from fedpeft.federation.summary import summarise
+from fedpeft.federation.summary import are_scores, summarise
 from fedpeft.job.loading import dump_job
 from fedpeft_proto.v1 import round_pb2 as pb
 from fedpeft_server.agents import Roster
@@ -46,7 +45,6 @@ EVALUATION_GRACE_S = 30.0  # longer than a restarted agent needs to be back
 HEAR_OUT_S = 2.0
 MAX_CRASHES = 3
 MAX_REASON = 500  # characters of a client's own words that are kept
-MOST_SCORE = 1e12  # sums of such scores stay finite
 SPLIT = "heldout"
 LITTLE_SPACE = 256 << 20
 NO_SPACE = "waiting for space at the server"  # a phase that agents report
@@ -364,7 +362,7 @@ class FederatedStrategy(Strategy):
         if answer.status == pb.RoundReply.DELIVERED:
             ask.retry_at = time.monotonic() + RETRY_S  # asked again only if the exchange did not get it after all
         elif answer.status == pb.RoundReply.EVALUATED:
-            if [e.split for e in answer.evaluations] != [SPLIT] or not _scores(answer.evaluations[0].metrics):
+            if [e.split for e in answer.evaluations] != [SPLIT] or not are_scores(answer.evaluations[0].metrics):
                 self._verdict(name, ask, "failed", "sent scores that are not what was asked for")
                 return
             ask.answered = True
@@ -421,12 +419,6 @@ class FederatedStrategy(Strategy):
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise RunStopped
-
-
-def _scores(metrics: Mapping[str, float]) -> bool:
-    """Whether a participant's figures can stand in a table."""
-    known = metrics.keys() <= {"loss", "accuracy", "count"} and "loss" in metrics
-    return known and all(math.isfinite(value) and abs(value) < MOST_SCORE for value in metrics.values())
 
 
 def failure_text(error: BaseException) -> str:

@@ -73,7 +73,7 @@ def simulate(job: Job, out: Path, *, engine: str = "auto", watch: Watcher | None
         host.sizes(name)
     folder = RunFolder(out)
     with RunStore.open(f"sqlite:///{out / LEDGER}", out / "blobs") as store:
-        run = _open_run(store, job, host.participant, out)
+        run = open_run(store, job, host.participant, out)
         folder.write_job(job)
         if run.committed_rounds:  # it may have died between a commit and its publication
             folder.write_state(run, run.committed_rounds)
@@ -103,7 +103,7 @@ def simulate(job: Job, out: Path, *, engine: str = "auto", watch: Watcher | None
     return SimulationResult(out, run.run_id, summary)
 
 
-def _open_run(store: RunStore, job: Job, participant: Participant, out: Path) -> FederatedRun:
+def open_run(store: RunStore, job: Job, participant: Participant, out: Path) -> FederatedRun:
     """A new run, or the unfinished one that the folder holds."""
     initial = participant.initial_state()
     for row in store.runs():

@@ -90,8 +90,13 @@ def test_server_and_client_do_not_know_each_other_nor_the_simulations():
 
 
 def test_the_simulations_run_without_a_network():
-    names = {"fedpeft_server", "fedpeft_client", "flwr", "grpc"}
-    assert forbidden(sources(ROOMS["fedpeft_simulations"]), names) == []
+    """Except the app for those who want Flower's own engines: it is loaded by Flower alone."""
+    paths = [p for p in sources(ROOMS["fedpeft_simulations"]) if p.name != "flower_app.py"]
+    assert forbidden(paths, {"fedpeft_server", "fedpeft_client", "flwr", "grpc"}) == []
+    app = [ROOT / ROOMS["fedpeft_simulations"] / "flower_app.py"]
+    assert forbidden(app, {"fedpeft_server", "fedpeft_client", "grpc"}) == []
+    others = [f"{i} of the app" for p in paths for i in imports(p) if i.module == "fedpeft_simulations.flower_app"]
+    assert others == []
 
 
 def test_the_kernels_know_torch_and_triton_and_nothing_of_federation():
