@@ -13,7 +13,9 @@ from fedpeft.cli.tables import out
 from fedpeft.errors import FedPeftError
 
 if TYPE_CHECKING:
+    from fedpeft.store.store import RunStore
     from fedpeft_server.config import ServerConfig
+    from fedpeft_server.pki import Authority
 
 
 def init(directory: Path, hosts: list[str], port: int, renew: bool) -> None:
@@ -70,9 +72,11 @@ def enroll(directory: Path, names: list[str], bundle: Path | None, valid_days: i
                     value=name,
                     hint="use --renew to replace its keys, or another name",
                 )
-    made = [
-        _enroll(config, name, bundle or directory / "bundles" / f"{name}.toml", valid_days, renew) for name in names
-    ]
+        authority = config.authority()
+        made = [
+            _enroll(store, authority, config, name, bundle or directory / "bundles" / f"{name}.toml", valid_days)
+            for name in names
+        ]
     if as_json:
         print(json.dumps(made[0] if len(made) == 1 else made, indent=2))
         return
@@ -83,14 +87,15 @@ def enroll(directory: Path, names: list[str], bundle: Path | None, valid_days: i
     out.print("a bundle holds a private key: hand it over safely and delete it here")
 
 
-def _enroll(config: ServerConfig, name: str, target: Path, valid_days: int, renew: bool) -> dict[str, str]:
+def _enroll(
+    store: RunStore, authority: Authority, config: ServerConfig, name: str, target: Path, valid_days: int
+) -> dict[str, str]:
     from fedpeft.bundle import write_bundle
 
-    with config.open_store() as store:
-        made = config.authority().issue(name, "client", endpoints=config.endpoints, valid_days=valid_days)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_bundle(made, target)
-        store.enroll(name, made.public_key_pem, made.fingerprint)
+    made = authority.issue(name, "client", endpoints=config.endpoints, valid_days=valid_days)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_bundle(made, target)
+    store.enroll(name, made.public_key_pem, made.fingerprint)
     return {
         "name": name,
         "bundle": str(target),

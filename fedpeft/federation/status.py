@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import FedPeftError
+from fedpeft.federation.summary import NO_PRIVACY
 
 if TYPE_CHECKING:
     from fedpeft.store.store import RunStore
@@ -67,7 +68,7 @@ def run_status(store: RunStore, run_id: str) -> dict[str, Any]:
         "created_at": run.created_at.isoformat(),
         "updated_at": run.updated_at.isoformat(),
         "base_fingerprint": run.base_fingerprint,
-        "privacy": "none: this run carries no formal privacy guarantee",
+        "privacy": NO_PRIVACY,
         "ledger_head": store.ledger_head(run_id),
         "clients": [clients[name] for name in sorted(clients)],
         "rounds": [

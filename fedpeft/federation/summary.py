@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedpeft.federation.run import FederatedRun
 
 COLUMNS = ("base", "local", "federated", "pooled")
+NO_PRIVACY = "none: this run carries no formal privacy guarantee"
 MOST_SCORE = 1e12  # sums of such scores stay finite
 Scores = Mapping[str, Mapping[str, float]]
 
@@ -49,7 +50,7 @@ def summarise(run: FederatedRun, scores: Mapping[str, Scores], train_examples: M
             "tensors_per_delta": run.spec.payload_bytes(run.job.adapter.codec),
         },
         "exactness_rel": [r.get("exactness_rel") for r in reports],
-        "privacy": "none: this run carries no formal privacy guarantee",
+        "privacy": NO_PRIVACY,
         "state": run.state_digest,
     }
 
