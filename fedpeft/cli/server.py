@@ -95,6 +95,9 @@ def _enroll(
     made = authority.issue(name, "client", endpoints=config.endpoints, valid_days=valid_days)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_bundle(made, target)
+    known = store.client_by_name(name)
+    if known is not None and known.revoked_at is None:  # --renew: the former key is out from now on
+        store.revoke(name)
     store.enroll(name, made.public_key_pem, made.fingerprint)
     return {
         "name": name,
